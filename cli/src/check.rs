@@ -1,0 +1,451 @@
+//! `vasto check`: reads every replica of every shard and reports what differs.
+//! What is compared is the hash of each record, so that values don't travel.
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use clap::Args;
+use futures::{StreamExt, TryStreamExt, stream};
+use indicatif::ProgressBar;
+use serde_json::json;
+use vasto_client::hash::{jump_hash, partition_hash};
+use vasto_client::v1::{InspectEntry, Phase};
+use vasto_client::{Inspection, Keyspace, ScanOptions};
+
+use crate::context::{Context, parse_duration};
+use crate::exit::{Code, fault};
+use crate::output::{count, count_bar, counted, emit, emit_json, quoted, table};
+
+/// How many keys are remembered by name; more are only counted.
+const REMEMBERED: usize = 10_000;
+
+/// Arguments of `vasto check`.
+#[derive(Args, Debug)]
+pub(crate) struct Check {
+    /// The keyspace's name.
+    keyspace: String,
+    /// How long what differs may take to become equal (writes under way do differ for a moment).
+    #[arg(long, value_name = "TIME", default_value = "5s", value_parser = parse_duration)]
+    settle: Duration,
+    /// How many differing keys to print.
+    #[arg(long, value_name = "N", default_value_t = 20)]
+    show: usize,
+}
+
+/// A replica to read, and what was found in it.
+#[derive(Clone, Debug)]
+struct Replica {
+    shard: u32,
+    shards: u32,
+    store: String,
+    id: u64,
+    serving: bool,
+    records: u64,
+    collectable: u64,
+    /// Why it could not be read to its end.
+    unread: Option<String>,
+}
+
+/// One replica's copy of a key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Held {
+    hash: u64,
+    collectable: bool,
+}
+
+/// What is wrong with a key.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Wrong {
+    /// The replicas at these places of the shard's list lack it.
+    Missing(Vec<usize>),
+    /// The replicas hold different records.
+    Differs,
+    /// It belongs to another shard.
+    Foreign,
+}
+
+#[derive(Debug)]
+struct Finding {
+    shard: u32,
+    key: Bytes,
+    wrong: Wrong,
+}
+
+/// What is wrong with one key's copies in the replicas of a shard.
+///
+/// What may be collected may be gone from one replica and not yet from
+/// another, so where all copies may be, nothing is wrong.
+fn verdict(copies: &[Option<Held>]) -> Option<Wrong> {
+    let present = || copies.iter().flatten();
+    if present().all(|c| c.collectable) {
+        return None;
+    }
+    let missing: Vec<usize> = (0..copies.len()).filter(|at| copies[*at].is_none()).collect();
+    if !missing.is_empty() {
+        return Some(Wrong::Missing(missing));
+    }
+    let mut hashes = present().map(|c| c.hash);
+    let first = hashes.next();
+    hashes.any(|hash| Some(hash) != first).then_some(Wrong::Differs)
+}
+
+/// The next key over all cursors' heads, in order.
+fn least(heads: &[Option<&InspectEntry>]) -> Option<Bytes> {
+    heads.iter().flatten().map(|e| &e.key).min().cloned()
+}
+
+/// A key right before this one or a little further ahead: where to begin to see this one soon.
+fn before(key: &[u8]) -> Option<Vec<u8>> {
+    let (last, rest) = key.split_last()?;
+    let mut start = rest.to_vec();
+    if let Some(less) = last.checked_sub(1) {
+        start.extend([less, 0xff, 0xff]);
+    }
+    (!start.is_empty()).then_some(start)
+}
+
+/// A replica's records, read in key order, with a few tries after a cut.
+struct Cursor<'a> {
+    context: &'a Context,
+    keyspace: &'a Keyspace,
+    replica: u64,
+    stream: Option<Inspection>,
+    waiting: VecDeque<InspectEntry>,
+    after: Option<Bytes>,
+    ended: bool,
+}
+
+impl<'a> Cursor<'a> {
+    fn new(context: &'a Context, keyspace: &'a Keyspace, replica: u64, after: Option<Bytes>) -> Self {
+        Self { context, keyspace, replica, stream: None, waiting: VecDeque::new(), after, ended: false }
+    }
+
+    /// Makes `head` show the next record, if there is one.
+    async fn fill(&mut self) -> anyhow::Result<()> {
+        const TRIES: u32 = 4;
+        let mut tries = 0;
+        while self.waiting.is_empty() && !self.ended {
+            if let Err(error) = self.read().await {
+                self.stream = None;
+                tries += 1;
+                if tries == TRIES {
+                    return Err(error);
+                }
+                tokio::time::sleep(Duration::from_millis(250) * tries).await;
+            }
+        }
+        Ok(())
+    }
+
+    async fn read(&mut self) -> anyhow::Result<()> {
+        let stream = match &mut self.stream {
+            Some(stream) => stream,
+            none => none.insert(self.keyspace.inspect(self.replica, self.after.clone()).await?),
+        };
+        match tokio::time::timeout(self.context.global.timeout, stream.next()).await?.transpose()? {
+            Some(message) => {
+                if let Some(last) = message.entries.last() {
+                    self.after = Some(last.key.clone());
+                }
+                self.waiting.extend(message.entries);
+            }
+            None => self.ended = true,
+        }
+        Ok(())
+    }
+
+    fn head(&self) -> Option<&InspectEntry> {
+        self.waiting.front()
+    }
+
+    /// Takes the record if it is this key's.
+    fn take(&mut self, key: &[u8]) -> Option<Held> {
+        if self.head()?.key != key {
+            return None;
+        }
+        self.waiting.pop_front().map(|e| Held { hash: e.hash, collectable: e.collectable })
+    }
+}
+
+pub(crate) async fn run(context: &Context, args: Check) -> anyhow::Result<()> {
+    let keyspace = context.keyspace(&args.keyspace).await?;
+    let update = keyspace.topology();
+    let Some((topology, view)) = update.topology.as_ref().and_then(|t| Some((t, t.current.as_ref()?))) else {
+        return Err(fault(Code::Unavailable, format!("keyspace {:?} has no topology yet", args.keyspace)));
+    };
+    let settled = topology.phase() == Phase::Stable;
+    let mut replicas: Vec<Replica> = view
+        .places()
+        .filter(|p| p.assignment.replica != 0)
+        .map(|p| Replica {
+            shard: p.shard,
+            shards: p.shards,
+            store: p.assignment.store.clone(),
+            id: p.assignment.replica,
+            serving: p.assignment.serving,
+            records: 0,
+            collectable: 0,
+            unread: None,
+        })
+        .collect();
+    let vacant = view.places().filter(|p| p.assignment.replica == 0).count() as u64;
+
+    let mut checker = Checker {
+        context,
+        keyspace: &keyspace,
+        bar: count_bar(None, "records"),
+        findings: Vec::new(),
+        counted: 0,
+    };
+    for shard in 0..view.size() {
+        checker.bar.set_message(format!("shard {} of {}", shard + 1, view.size()));
+        let mut here: Vec<&mut Replica> = replicas.iter_mut().filter(|r| r.shard == shard).collect();
+        checker.shard(&mut here).await?;
+    }
+    // Keys that belong elsewhere are deleted by a change's last phase; before it, they are no fault.
+    if !settled {
+        checker.findings.retain(|f| f.wrong != Wrong::Foreign);
+    }
+    checker.bar.set_message("looking again at what differs");
+    checker.settle(&replicas, args.settle).await;
+    let Checker { findings, counted: uncounted, bar, .. } = checker;
+    bar.finish_and_clear();
+
+    let wrong = findings.len() as u64 + uncounted;
+    let unread = replicas.iter().filter(|r| r.unread.is_some()).count() as u64;
+    if context.json() {
+        emit_json(&json_report(topology.phase(), &replicas, &findings, wrong, vacant))?;
+    } else {
+        emit(text_report(topology.phase(), &replicas, &findings, args.show))?;
+    }
+    if wrong > 0 {
+        return Err(fault(Code::Differences, format!("{} wrong in {:?}", counted(wrong, "key"), args.keyspace)));
+    }
+    if unread > 0 {
+        return Err(fault(Code::Unavailable, format!("{} could not be read", counted(unread, "replica"))));
+    }
+    Ok(())
+}
+
+struct Checker<'a> {
+    context: &'a Context,
+    keyspace: &'a Keyspace,
+    bar: ProgressBar,
+    findings: Vec<Finding>,
+    /// Wrong keys beyond those remembered.
+    counted: u64,
+}
+
+impl Checker<'_> {
+    /// Reads the replicas of one shard side by side.
+    async fn shard(&mut self, replicas: &mut [&mut Replica]) -> anyhow::Result<()> {
+        let Some((shard, shards)) = replicas.first().map(|r| (r.shard, r.shards)) else { return Ok(()) };
+        let (context, keyspace) = (self.context, self.keyspace);
+        let mut cursors: Vec<Cursor<'_>> =
+            replicas.iter().map(|r| Cursor::new(context, keyspace, r.id, None)).collect();
+        let mut strangers = Vec::new();
+        loop {
+            for (cursor, replica) in cursors.iter_mut().zip(replicas.iter_mut()) {
+                if replica.unread.is_none()
+                    && let Err(error) = cursor.fill().await
+                {
+                    replica.unread = Some(crate::exit::one_line(&error));
+                    cursor.waiting.clear();
+                }
+            }
+            let Some(key) = least(&cursors.iter().map(Cursor::head).collect::<Vec<_>>()) else { break };
+            let mut found = Vec::with_capacity(cursors.len());
+            for (cursor, replica) in cursors.iter_mut().zip(replicas.iter_mut()) {
+                let copy = cursor.take(&key);
+                if let Some(copy) = copy {
+                    replica.records += 1;
+                    replica.collectable += u64::from(copy.collectable);
+                    self.bar.inc(1);
+                }
+                // What could not be read is not missing.
+                if replica.unread.is_none() {
+                    found.push(copy);
+                } else {
+                    found.extend(copy.map(Some));
+                }
+            }
+            if let Some(wrong) = verdict(&found) {
+                self.note(Finding { shard, key: key.clone(), wrong });
+            }
+            let live = found.iter().flatten().any(|c| !c.collectable);
+            if live && strangers.len() < REMEMBERED && jump_hash(partition_hash(&key), shards) != shard {
+                strangers.push(key);
+            }
+        }
+        drop(cursors);
+        self.strangers(shard, shards, strangers).await
+    }
+
+    fn note(&mut self, finding: Finding) {
+        if self.findings.len() < REMEMBERED {
+            self.findings.push(finding);
+        } else {
+            self.counted += 1;
+        }
+    }
+
+    /// Keys whose own hash names another shard: fine if they have a partition key of their own that
+    /// names this one. A scan tells, since it shows nothing that does not belong to its shard.
+    async fn strangers(&mut self, shard: u32, shards: u32, keys: Vec<Bytes>) -> anyhow::Result<()> {
+        let keyspace = self.keyspace;
+        let foreign: Vec<Option<Bytes>> = stream::iter(keys)
+            .map(|key| async move {
+                let mut scan = keyspace.scan(ScanOptions::new().prefix(key.clone()).limit(1));
+                let entry = scan.next().await.transpose()?.filter(|e| e.key == key);
+                let hash = entry.and_then(|e| e.partition_hash);
+                let home = hash.is_some_and(|hash| jump_hash(hash, shards) == shard);
+                Ok::<_, vasto_client::Error>((!home).then_some(key))
+            })
+            .buffered(16)
+            .try_collect()
+            .await?;
+        for key in foreign.into_iter().flatten() {
+            self.note(Finding { shard, key, wrong: Wrong::Foreign });
+        }
+        Ok(())
+    }
+
+    /// Looks again at what differed, until it agrees or the time is over; only what lasts is kept.
+    async fn settle(&mut self, replicas: &[Replica], time: Duration) {
+        let until = Instant::now() + time;
+        while self.findings.iter().any(|f| f.wrong != Wrong::Foreign) && Instant::now() < until {
+            tokio::time::sleep(Duration::from_millis(300)).await;
+            let mut lasting = Vec::new();
+            for mut finding in std::mem::take(&mut self.findings) {
+                if finding.wrong == Wrong::Foreign || Instant::now() > until {
+                    lasting.push(finding);
+                    continue;
+                }
+                let here = replicas.iter().filter(|r| r.shard == finding.shard && r.unread.is_none());
+                let mut copies = Vec::new();
+                for replica in here {
+                    copies.push(self.look(replica, &finding.key).await);
+                }
+                let read: Option<Vec<Option<Held>>> = copies.into_iter().collect();
+                match read.as_deref().map(verdict) {
+                    Some(None) => {}
+                    Some(Some(wrong)) => {
+                        finding.wrong = wrong;
+                        lasting.push(finding);
+                    }
+                    None => lasting.push(finding),
+                }
+            }
+            self.findings = lasting;
+        }
+    }
+
+    /// One replica's copy of a key now; the outer `None`: it can't be read.
+    async fn look(&self, replica: &Replica, key: &Bytes) -> Option<Option<Held>> {
+        let mut cursor = Cursor::new(self.context, self.keyspace, replica.id, before(key).map(Bytes::from));
+        loop {
+            cursor.fill().await.ok()?;
+            match cursor.head() {
+                Some(head) if head.key < *key => {
+                    cursor.waiting.pop_front();
+                }
+                _ => return Some(cursor.take(key)),
+            }
+        }
+    }
+}
+
+fn wrong_text(wrong: &Wrong, shard: u32, replicas: &[Replica]) -> String {
+    match wrong {
+        Wrong::Differs => "its replicas hold different records".to_string(),
+        Wrong::Foreign => "belongs to another shard".to_string(),
+        Wrong::Missing(places) => {
+            let here: Vec<&Replica> =
+                replicas.iter().filter(|r| r.shard == shard && r.unread.is_none()).collect();
+            let names: Vec<&str> =
+                places.iter().filter_map(|at| here.get(*at)).map(|r| r.store.as_str()).collect();
+            format!("missing on {}", names.join(", "))
+        }
+    }
+}
+
+fn text_report(phase: Phase, replicas: &[Replica], findings: &[Finding], show: usize) -> String {
+    let mut text = table(
+        &["SHARD", "STORE", "REPLICA", "RECORDS", "COLLECTABLE", "STATE"],
+        replicas.iter().map(|r| {
+            let state = match (&r.unread, r.serving) {
+                (Some(why), _) => format!("not read: {why}"),
+                (None, true) => "read".to_string(),
+                (None, false) => "read, not serving".to_string(),
+            };
+            [
+                r.shard.to_string(),
+                r.store.clone(),
+                format!("{:016x}", r.id),
+                count(r.records),
+                count(r.collectable),
+                state,
+            ]
+        }),
+    );
+    if phase != Phase::Stable {
+        text += &format!("a change is under way ({}): foreign keys were not looked for\n", phase.as_str_name());
+    }
+    for finding in findings.iter().take(show) {
+        let wrong = wrong_text(&finding.wrong, finding.shard, replicas);
+        text += &format!("shard {}: {}: {wrong}\n", finding.shard, quoted(&finding.key));
+    }
+    if findings.len() > show {
+        text += &format!("and {} more (--show prints more)\n", findings.len() - show);
+    }
+    if findings.is_empty() && replicas.iter().all(|r| r.unread.is_none()) {
+        text += "all replicas agree\n";
+    }
+    text
+}
+
+fn json_report(phase: Phase, replicas: &[Replica], findings: &[Finding], wrong: u64, vacant: u64) -> serde_json::Value {
+    json!({
+        "phase": phase.as_str_name().trim_start_matches("PHASE_"),
+        "wrong": wrong,
+        "vacant": vacant,
+        "replicas": replicas.iter().map(|r| json!({
+            "shard": r.shard, "store": r.store, "replica": format!("{:016x}", r.id), "serving": r.serving,
+            "records": r.records, "collectable": r.collectable, "unread": r.unread,
+        })).collect::<Vec<_>>(),
+        "findings": findings.iter().map(|f| json!({
+            "shard": f.shard, "key": String::from_utf8_lossy(&f.key),
+            "wrong": wrong_text(&f.wrong, f.shard, replicas),
+        })).collect::<Vec<_>>(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const A: Option<Held> = Some(Held { hash: 1, collectable: false });
+    const B: Option<Held> = Some(Held { hash: 2, collectable: false });
+    const GONE: Option<Held> = Some(Held { hash: 3, collectable: true });
+    const GONE_TOO: Option<Held> = Some(Held { hash: 4, collectable: true });
+
+    #[test]
+    fn what_counts_as_wrong() {
+        assert_eq!(verdict(&[A, A]), None);
+        assert_eq!(verdict(&[A]), None);
+        assert_eq!(verdict(&[A, B]), Some(Wrong::Differs));
+        assert_eq!(verdict(&[A, None, A]), Some(Wrong::Missing(vec![1])));
+        assert_eq!(verdict(&[GONE, None]), None);
+        assert_eq!(verdict(&[GONE, GONE_TOO]), None);
+        assert_eq!(verdict(&[A, GONE]), Some(Wrong::Differs));
+    }
+
+    proptest! {
+        #[test]
+        fn a_look_begins_before_its_key(key in proptest::collection::vec(any::<u8>(), 1..6)) {
+            prop_assert!(before(&key).unwrap_or_default() < key);
+        }
+    }
+}

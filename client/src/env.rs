@@ -1,0 +1,74 @@
+//! Time, randomness and the network, passed in from outside so that a
+//! simulation can own them. `tokio::time` serves for waiting; this is for
+//! wall clocks, ids, jitter and connections.
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use tonic::transport::{Channel, Endpoint};
+
+/// What a part of Vasto takes from the world. Cheap to clone.
+#[derive(Clone)]
+pub struct Env {
+    now_ms: Arc<dyn Fn() -> u64 + Send + Sync>,
+    random: Arc<dyn Fn() -> u64 + Send + Sync>,
+    dial: Arc<dyn Fn(&str) -> Result<Channel, tonic::transport::Error> + Send + Sync>,
+}
+
+impl Env {
+    /// The machine's own clock, random numbers and TCP.
+    pub fn real() -> Self {
+        Self::new(
+            || SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64),
+            rand::random::<u64>,
+            |address| Ok(endpoint(address)?.connect_lazy()),
+        )
+    }
+
+    /// `now_ms`: unix milliseconds. `random`: 64 uniform bits. `dial`: a lazy channel to `host:port`.
+    pub fn new(
+        now_ms: impl Fn() -> u64 + Send + Sync + 'static,
+        random: impl Fn() -> u64 + Send + Sync + 'static,
+        dial: impl Fn(&str) -> Result<Channel, tonic::transport::Error> + Send + Sync + 'static,
+    ) -> Self {
+        Self { now_ms: Arc::new(now_ms), random: Arc::new(random), dial: Arc::new(dial) }
+    }
+
+    /// Unix milliseconds by the wall clock.
+    pub fn now_ms(&self) -> u64 {
+        (self.now_ms)()
+    }
+
+    /// 64 random bits that are not 0, for ids.
+    pub fn random_id(&self) -> u64 {
+        loop {
+            let id = (self.random)();
+            if id != 0 {
+                return id;
+            }
+        }
+    }
+
+    /// `base` times a random factor in 0.5..1.5, for retries that must not march in step.
+    pub fn jitter(&self, base: Duration) -> Duration {
+        let unit = (self.random)() as f64 / u64::MAX as f64;
+        base.mul_f64(0.5 + unit)
+    }
+
+    /// A channel to `host:port` that connects when first used.
+    pub fn dial(&self, address: &str) -> Result<Channel, tonic::transport::Error> {
+        (self.dial)(address)
+    }
+}
+
+/// The settings every connection shares: keep-alive that notices a dead peer within seconds.
+pub fn endpoint(address: &str) -> Result<Endpoint, tonic::transport::Error> {
+    Ok(Endpoint::from_shared(format!("http://{address}"))?
+        .connect_timeout(Duration::from_secs(2))
+        .tcp_nodelay(true)
+        .initial_stream_window_size(4 << 20)
+        .initial_connection_window_size(16 << 20)
+        .http2_keep_alive_interval(Duration::from_secs(2))
+        .keep_alive_timeout(Duration::from_secs(3))
+        .keep_alive_while_idle(true))
+}

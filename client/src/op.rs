@@ -1,0 +1,380 @@
+//! An operation as a caller states it, checked against the limits and turned
+//! into what goes over the wire.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+
+use crate::error::{Error, show};
+use crate::hash::partition_hash;
+use crate::route::Kind;
+use crate::v1::{self, operation};
+use crate::value::{Data, Stamp, Value};
+
+/// The longest key and partition key.
+pub const MAX_KEY: usize = 32 << 10;
+/// The longest value.
+pub const MAX_VALUE: usize = 8 << 20;
+
+/// What may be said about an operation besides its key and value. All of it is optional.
+///
+/// ```
+/// use std::time::Duration;
+/// use vasto_client::Options;
+///
+/// let options = Options::new().ttl(Duration::from_secs(60)).partition_key("user-7");
+/// assert_eq!(options.ttl, Some(Duration::from_secs(60)));
+/// ```
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Options {
+    /// For a put: the value reads as nothing after this long.
+    pub ttl: Option<Duration>,
+    /// For a put or delete: the caller's own event time in unix milliseconds. The
+    /// write with the latest time wins, in whatever order they arrive.
+    pub time_ms: Option<u64>,
+    /// What the shard is chosen by, where that isn't the key. A key belongs to
+    /// one partition key: name the same one each time.
+    pub partition_key: Option<Bytes>,
+    /// How long to try, in place of the client's own (10 seconds unless set).
+    pub deadline: Option<Duration>,
+}
+
+/// The options of a put. The same as those of every operation.
+pub type PutOptions = Options;
+
+impl Options {
+    /// No options.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Sets [`Options::ttl`].
+    #[must_use]
+    pub fn ttl(mut self, ttl: Duration) -> Self {
+        self.ttl = Some(ttl);
+        self
+    }
+
+    /// Sets [`Options::time_ms`].
+    #[must_use]
+    pub fn time_ms(mut self, time_ms: u64) -> Self {
+        self.time_ms = Some(time_ms);
+        self
+    }
+
+    /// Sets [`Options::partition_key`].
+    #[must_use]
+    pub fn partition_key(mut self, key: impl Into<Bytes>) -> Self {
+        self.partition_key = Some(key.into());
+        self
+    }
+
+    /// Sets [`Options::deadline`].
+    #[must_use]
+    pub fn deadline(mut self, deadline: Duration) -> Self {
+        self.deadline = Some(deadline);
+        self
+    }
+}
+
+/// An operation that combines with what the key holds. A key that holds
+/// nothing takes the first one as it is.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Merge {
+    /// Adds to the number.
+    Add(f64),
+    /// Keeps the greater number.
+    Max(f64),
+    /// Keeps the lesser number.
+    Min(f64),
+    /// Appends to the bytes.
+    Append(Bytes),
+}
+
+#[derive(Clone, Debug, PartialEq)]
+enum Action {
+    Get,
+    Put(Data),
+    Delete,
+    Merge(Merge),
+}
+
+/// One operation of a batch.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Op {
+    key: Bytes,
+    action: Action,
+    options: Options,
+}
+
+impl Op {
+    fn new(key: impl Into<Bytes>, action: Action) -> Self {
+        Self { key: key.into(), action, options: Options::default() }
+    }
+
+    /// Reads a key.
+    pub fn get(key: impl Into<Bytes>) -> Self {
+        Self::new(key, Action::Get)
+    }
+
+    /// Puts bytes or a number under a key.
+    pub fn put(key: impl Into<Bytes>, value: impl Into<Data>) -> Self {
+        Self::new(key, Action::Put(value.into()))
+    }
+
+    /// Deletes a key.
+    pub fn delete(key: impl Into<Bytes>) -> Self {
+        Self::new(key, Action::Delete)
+    }
+
+    /// Combines with what the key holds.
+    pub fn merge(key: impl Into<Bytes>, merge: Merge) -> Self {
+        Self::new(key, Action::Merge(merge))
+    }
+
+    /// Adds to the number under a key.
+    pub fn add(key: impl Into<Bytes>, number: f64) -> Self {
+        Self::merge(key, Merge::Add(number))
+    }
+
+    /// Keeps the greater number under a key.
+    pub fn max(key: impl Into<Bytes>, number: f64) -> Self {
+        Self::merge(key, Merge::Max(number))
+    }
+
+    /// Keeps the lesser number under a key.
+    pub fn min(key: impl Into<Bytes>, number: f64) -> Self {
+        Self::merge(key, Merge::Min(number))
+    }
+
+    /// Appends to the bytes under a key.
+    pub fn append(key: impl Into<Bytes>, bytes: impl Into<Bytes>) -> Self {
+        Self::merge(key, Merge::Append(bytes.into()))
+    }
+
+    /// The same operation with these options.
+    #[must_use]
+    pub fn with(mut self, options: Options) -> Self {
+        self.options = options;
+        self
+    }
+
+    /// Checks the limits and makes it ready to be sent any number of times.
+    pub(crate) fn prepare(self, now_ms: u64, deadline: Duration) -> Result<Prepared, Error> {
+        let Self { key, action, options } = self;
+        check_key("key", &key)?;
+        if let Some(partition_key) = &options.partition_key {
+            check_key("partition key", partition_key)?;
+        }
+        let (verb, kind) = match &action {
+            Action::Get => ("get", Kind::Read),
+            Action::Put(_) => ("put", Kind::Write),
+            Action::Delete => ("delete", Kind::Write),
+            Action::Merge(Merge::Add(_)) => ("add", Kind::Merge),
+            Action::Merge(Merge::Max(_)) => ("max", Kind::Merge),
+            Action::Merge(Merge::Min(_)) => ("min", Kind::Merge),
+            Action::Merge(Merge::Append(_)) => ("append", Kind::Merge),
+        };
+        if options.ttl.is_some() && verb != "put" {
+            return Err(Error::Invalid(format!("{verb} {} was given a ttl; only put takes one", show(&key))));
+        }
+        if options.time_ms.is_some() && kind != Kind::Write {
+            let words = "was given an event time; only put and delete take one";
+            return Err(Error::Invalid(format!("{verb} {} {words}", show(&key))));
+        }
+        if options.time_ms == Some(0) {
+            let words = "was given the event time 0; it must be in unix milliseconds, above 0";
+            return Err(Error::Invalid(format!("{verb} {} {words}", show(&key))));
+        }
+        let time_ms = options.time_ms.unwrap_or(0);
+        let wire = match action {
+            Action::Get => operation::Kind::Get(v1::Get {}),
+            Action::Put(data) => {
+                check_value(verb, &key, data.len())?;
+                let expiry_ms = expiry(&key, options.ttl, now_ms)?;
+                let value = Some(match data {
+                    Data::Bytes(bytes) => v1::put::Value::Bytes(bytes),
+                    Data::Number(number) => v1::put::Value::Number(number),
+                });
+                operation::Kind::Put(v1::Put { value, expiry_ms, time_ms })
+            }
+            Action::Delete => operation::Kind::Delete(v1::Delete { time_ms }),
+            Action::Merge(Merge::Add(n)) => number(verb, &key, v1::MergeKind::Sum, n)?,
+            Action::Merge(Merge::Max(n)) => number(verb, &key, v1::MergeKind::Max, n)?,
+            Action::Merge(Merge::Min(n)) => number(verb, &key, v1::MergeKind::Min, n)?,
+            Action::Merge(Merge::Append(bytes)) => {
+                check_value(verb, &key, bytes.len())?;
+                operation::Kind::Append(v1::Append { bytes })
+            }
+        };
+        let hash = partition_hash(options.partition_key.as_ref().unwrap_or(&key));
+        let deadline = options.deadline.unwrap_or(deadline);
+        Ok(Prepared { key, partition_key: options.partition_key, hash, wire, kind, verb, deadline })
+    }
+}
+
+fn check_key(which: &str, key: &[u8]) -> Result<(), Error> {
+    if key.is_empty() {
+        return Err(Error::Invalid(format!("the {which} is empty; it must have 1 to {MAX_KEY} bytes")));
+    }
+    if key.len() > MAX_KEY {
+        return Err(Error::Invalid(format!(
+            "the {which} {} is over the limit; it must have 1 to {MAX_KEY} bytes",
+            show(key)
+        )));
+    }
+    Ok(())
+}
+
+fn check_value(verb: &str, key: &[u8], len: usize) -> Result<(), Error> {
+    if len > MAX_VALUE {
+        return Err(Error::Invalid(format!(
+            "{verb} {}: the value has {len} bytes; it must have at most {MAX_VALUE} (8 MiB)",
+            show(key)
+        )));
+    }
+    Ok(())
+}
+
+fn expiry(key: &[u8], ttl: Option<Duration>, now_ms: u64) -> Result<u64, Error> {
+    let Some(ttl) = ttl else { return Ok(0) };
+    let ms = u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX);
+    if ms == 0 {
+        return Err(Error::Invalid(format!("put {}: the ttl is {ttl:?}; it must be at least 1 ms", show(key))));
+    }
+    now_ms.checked_add(ms).ok_or_else(|| {
+        Error::Invalid(format!("put {}: the ttl of {ttl:?} ends beyond all time; leave it out for never", show(key)))
+    })
+}
+
+fn number(verb: &str, key: &[u8], kind: v1::MergeKind, number: f64) -> Result<operation::Kind, Error> {
+    if number.is_nan() {
+        return Err(Error::Invalid(format!("{verb} {}: NaN is no number to {verb}; give a number", show(key))));
+    }
+    Ok(operation::Kind::Merge(v1::Merge { kind: kind.into(), number }))
+}
+
+/// A checked operation.
+#[derive(Clone, Debug)]
+pub(crate) struct Prepared {
+    key: Bytes,
+    partition_key: Option<Bytes>,
+    /// The hash of the partition key.
+    pub(crate) hash: u64,
+    wire: operation::Kind,
+    pub(crate) kind: Kind,
+    verb: &'static str,
+    pub(crate) deadline: Duration,
+}
+
+impl Prepared {
+    /// The operation on the wire; the pipe gives it its id.
+    pub(crate) fn operation(&self, keyspace: &str, shard: u32, shards: u32, after: Option<Stamp>) -> v1::Operation {
+        v1::Operation {
+            id: 0,
+            keyspace: keyspace.to_string(),
+            shard,
+            shards,
+            key: self.key.clone(),
+            partition_key: self.partition_key.clone(),
+            after: after.map(v1::Stamp::from),
+            kind: Some(self.wire.clone()),
+        }
+    }
+
+    /// What it is, for an error: `put "key" in keyspace "name"`.
+    pub(crate) fn what(&self, keyspace: &str) -> String {
+        format!("{} {} in keyspace {keyspace:?}", self.verb, show(&self.key))
+    }
+
+    /// Roughly its size on the wire.
+    pub(crate) fn size(&self) -> usize {
+        size(&self.key, self.partition_key.as_ref(), Some(&self.wire))
+    }
+}
+
+/// Roughly an operation's size on the wire.
+pub(crate) fn size(key: &Bytes, partition_key: Option<&Bytes>, kind: Option<&operation::Kind>) -> usize {
+    let value = match kind {
+        Some(operation::Kind::Put(v1::Put { value: Some(v1::put::Value::Bytes(bytes)), .. }))
+        | Some(operation::Kind::Append(v1::Append { bytes })) => bytes.len(),
+        _ => 0,
+    };
+    // Ids, uid, stamps and tags.
+    128 + key.len() + partition_key.map_or(0, Bytes::len) + value
+}
+
+/// What an operation of a batch came to.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Outcome {
+    /// A get found this.
+    Found(Value),
+    /// A get found nothing.
+    Nothing,
+    /// A write was taken, with this stamp.
+    Written(Stamp),
+}
+
+impl Outcome {
+    /// What a get found.
+    pub fn value(self) -> Option<Value> {
+        match self {
+            Self::Found(value) => Some(value),
+            Self::Nothing | Self::Written(_) => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TEN: Duration = Duration::from_secs(10);
+
+    fn refusal(op: Op) -> String {
+        match op.prepare(1_000, TEN) {
+            Err(Error::Invalid(words)) => words,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn limits_are_refused_with_words() {
+        let long = vec![b'k'; MAX_KEY + 1];
+        assert!(refusal(Op::get("")).contains("the key is empty; it must have 1 to 32768 bytes"));
+        assert!(refusal(Op::get(long.clone())).contains("(32769 bytes) is over the limit"));
+        let options = Options::new().partition_key(long);
+        assert!(refusal(Op::get("k").with(options)).contains("the partition key"));
+        let options = Options::new().partition_key("");
+        assert!(refusal(Op::get("k").with(options)).contains("the partition key is empty"));
+        let big = vec![0u8; MAX_VALUE + 1];
+        assert!(refusal(Op::put("k", big.clone())).contains("8388609 bytes"));
+        assert!(refusal(Op::append("k", big)).contains("append \"k\""));
+        assert!(refusal(Op::add("k", f64::NAN)).contains("NaN"));
+        assert!(Op::put(vec![0; MAX_KEY], vec![0; MAX_VALUE]).prepare(0, TEN).is_ok());
+    }
+
+    #[test]
+    fn options_that_do_not_apply_are_refused() {
+        let ttl = Options::new().ttl(Duration::from_secs(1));
+        assert!(refusal(Op::delete("k").with(ttl.clone())).contains("only put takes one"));
+        assert!(refusal(Op::add("k", 1.0).with(ttl)).contains("only put takes one"));
+        let time = Options::new().time_ms(5);
+        assert!(refusal(Op::get("k").with(time.clone())).contains("only put and delete"));
+        assert!(Op::delete("k").with(time).prepare(0, TEN).is_ok());
+        assert!(refusal(Op::put("k", "v").with(Options::new().time_ms(0))).contains("above 0"));
+        assert!(refusal(Op::put("k", "v").with(Options::new().ttl(Duration::ZERO))).contains("at least 1 ms"));
+        assert!(refusal(Op::put("k", "v").with(Options::new().ttl(Duration::MAX))).contains("beyond all time"));
+    }
+
+    #[test]
+    fn a_ttl_becomes_an_expiry_and_the_partition_key_gives_the_hash() {
+        let options = Options::new().ttl(Duration::from_secs(2)).partition_key("p");
+        let prepared = Op::put("k", "v").with(options).prepare(1_000, TEN).unwrap();
+        assert_eq!(prepared.hash, partition_hash(b"p"));
+        let wire = prepared.operation("uid", 1, 3, None);
+        assert_eq!(wire.partition_key.as_deref(), Some(&b"p"[..]));
+        let Some(operation::Kind::Put(put)) = wire.kind else { panic!("{wire:?}") };
+        assert_eq!(put.expiry_ms, 3_000);
+    }
+}

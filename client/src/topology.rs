@@ -1,0 +1,149 @@
+//! What a topology implies, as pure functions: who owns a key, who accepts its
+//! writes, who follows whom and for which keys. Stores, clients and the
+//! operator's planner ask here, so that they can't disagree.
+
+use crate::hash::{jump_hash, shards_meet};
+use crate::v1::{Assignment, Phase, Topology, View};
+
+/// One replica's place in one view.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place<'a> {
+    /// The shard's index in its view.
+    pub shard: u32,
+    /// The number of shards in its view.
+    pub shards: u32,
+    /// The store and the replica's id.
+    pub assignment: &'a Assignment,
+}
+
+impl Place<'_> {
+    /// Whether a key with this partition hash belongs to this place's shard.
+    pub fn owns(&self, partition_hash: u64) -> bool {
+        jump_hash(partition_hash, self.shards) == self.shard
+    }
+}
+
+impl View {
+    /// The number of shards.
+    pub fn size(&self) -> u32 {
+        self.shards.len() as u32
+    }
+
+    /// Every assignment of this view, shard by shard.
+    pub fn places(&self) -> impl Iterator<Item = Place<'_>> {
+        let shards = self.size();
+        self.shards.iter().enumerate().flat_map(move |(shard, s)| {
+            s.replicas.iter().map(move |assignment| Place { shard: shard as u32, shards, assignment })
+        })
+    }
+
+    /// Where the replica with this id stands (a replica has one shard in a view). 0 finds nothing.
+    pub fn place(&self, replica: u64) -> Option<Place<'_>> {
+        self.places().find(|p| replica != 0 && p.assignment.replica == replica)
+    }
+}
+
+impl Topology {
+    /// `current`, `next` and `previous`, where present.
+    pub fn views(&self) -> impl Iterator<Item = &View> {
+        [&self.current, &self.next, &self.previous].into_iter().flatten()
+    }
+
+    /// Every store that any view, drop or replace names; sorted, each once.
+    pub fn stores(&self) -> Vec<&str> {
+        let mut stores: Vec<&str> = self
+            .views()
+            .flat_map(View::places)
+            .map(|p| p.assignment.store.as_str())
+            .chain(self.drops.iter().map(|d| d.store.as_str()))
+            .filter(|s| !s.is_empty())
+            .collect();
+        stores.sort_unstable();
+        stores.dedup();
+        stores
+    }
+
+    /// Number of shards that clients route by.
+    pub fn size(&self) -> u32 {
+        self.current.as_ref().map_or(0, View::size)
+    }
+
+    /// Whether this replica takes a client's write of a key with this hash.
+    ///
+    /// Owners under `current` do (serving or not yet: a client is only sent to
+    /// the serving ones); until the fence, owners under `previous` do as well.
+    pub fn accepts_write(&self, replica: u64, partition_hash: u64) -> bool {
+        let owns = |view: &Option<View>| {
+            view.as_ref().and_then(|v| v.place(replica)).is_some_and(|p| p.owns(partition_hash))
+        };
+        match self.phase() {
+            Phase::Deleting => false,
+            Phase::Switch => owns(&self.current) || owns(&self.previous),
+            _ => owns(&self.current),
+        }
+    }
+
+    /// Whether this replica holds a key with this hash for good under any view:
+    /// what it owns now, is being prepared for, or has yet to hand over.
+    pub fn holds(&self, replica: u64, partition_hash: u64) -> bool {
+        self.views().filter_map(|v| v.place(replica)).any(|p| p.owns(partition_hash))
+    }
+
+    /// The views that `follower` gathers data for, each with the view before it.
+    fn wants(&self) -> [(Option<&View>, Option<&View>); 2] {
+        [(self.next.as_ref(), self.current.as_ref()), (self.current.as_ref(), self.previous.as_ref())]
+    }
+
+    /// Whether `source` must ship a key with this hash to `follower`: the
+    /// follower's shard wants it in `current` or `next`, and the source's shard
+    /// owns it in the same view or in the one before.
+    pub fn ships(&self, source: u64, follower: u64, partition_hash: u64) -> bool {
+        self.wants().into_iter().any(|(view, before)| {
+            let owns = |v: Option<&View>, replica| {
+                v.and_then(|v| v.place(replica)).is_some_and(|p| p.owns(partition_hash))
+            };
+            owns(view, follower) && (owns(view, source) || owns(before, source))
+        })
+    }
+
+    /// Every replica that `follower` must follow: those that may hold a key it
+    /// wants. Vacant assignments (id 0) and the follower itself are left out; each once.
+    pub fn sources(&self, follower: u64) -> Vec<Place<'_>> {
+        let mut found: Vec<Place<'_>> = Vec::new();
+        for (view, before) in self.wants() {
+            let Some(mine) = view.and_then(|v| v.place(follower)) else { continue };
+            let same = view.into_iter().flat_map(View::places).filter(|p| p.shard == mine.shard);
+            let old = before
+                .into_iter()
+                .flat_map(View::places)
+                .filter(|p| shards_meet(p.shard, p.shards, mine.shard, mine.shards));
+            for place in same.chain(old) {
+                let id = place.assignment.replica;
+                if id != 0 && id != follower && found.iter().all(|f| f.assignment.replica != id) {
+                    found.push(place);
+                }
+            }
+        }
+        found
+    }
+
+    /// Every replica that follows `source`: those whose `sources` name it.
+    pub fn followers(&self, source: u64) -> Vec<Place<'_>> {
+        let mut found: Vec<Place<'_>> = Vec::new();
+        for place in self.views().flat_map(View::places) {
+            let id = place.assignment.replica;
+            if id != 0
+                && found.iter().all(|f| f.assignment.replica != id)
+                && self.sources(id).iter().any(|s| s.assignment.replica == source)
+            {
+                found.push(place);
+            }
+        }
+        found
+    }
+
+    /// Whether this replica was given up.
+    pub fn is_given_up(&self, replica: u64) -> bool {
+        self.given_up.iter().any(|g| g.replica == replica)
+    }
+}

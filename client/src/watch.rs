@@ -1,0 +1,312 @@
+//! The topologies that a client knows: one Watch stream to the operator for
+//! all its keyspaces, and what stores attach to their refusals. While the
+//! operator is away the client goes on with what it knows.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use futures::Stream;
+use tokio::sync::watch;
+
+use crate::env::Env;
+use crate::error::{describe, describe_transport};
+use crate::pipe::MAX_MESSAGE;
+use crate::v1::operator_client::OperatorClient;
+use crate::v1::{KeyspaceUpdate, Known, WatchRequest, WatchResponse, watch_response::Event};
+
+/// Who sent a topology: the operator knows names, a store only what it was asked about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Source {
+    Operator,
+    Store,
+}
+
+/// What is known about a name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Status {
+    /// The operator has not answered yet.
+    Asked,
+    /// It does not exist.
+    Missing,
+    /// `Subscription::latest` holds it.
+    Known,
+}
+
+/// One keyspace that the client watches.
+pub(crate) struct Subscription {
+    pub(crate) name: String,
+    pub(crate) status: watch::Sender<Status>,
+    /// Empty until known.
+    pub(crate) latest: watch::Sender<Arc<KeyspaceUpdate>>,
+}
+
+impl Subscription {
+    /// Takes in a topology if it is newer than what is known; says whether it was.
+    fn offer(&self, update: KeyspaceUpdate, source: Source) -> bool {
+        let taken = self.latest.send_if_modified(|known| match newer(known, update, source) {
+            Some(newer) => {
+                *known = Arc::new(newer);
+                true
+            }
+            None => false,
+        });
+        if source == Source::Operator {
+            self.status.send_if_modified(|status| std::mem::replace(status, Status::Known) != Status::Known);
+        }
+        taken
+    }
+}
+
+/// What to know after `offered` came, where that changes anything.
+fn newer(known: &KeyspaceUpdate, mut offered: KeyspaceUpdate, source: Source) -> Option<KeyspaceUpdate> {
+    let new = offered.topology.as_ref()?;
+    let old = known.topology.as_ref();
+    let same = old.is_some_and(|old| old.uid == new.uid);
+    let (had, has) = (old.map_or(0, |t| t.version), new.version);
+    match source {
+        // Another uid: deleted and made again. A store can't tell which came later.
+        Source::Operator if !same => return Some(offered),
+        Source::Store if !same => return None,
+        Source::Operator if has < had => return None,
+        Source::Store if has <= had => return None,
+        _ => {}
+    }
+    // A store that has not been heard of lately may still be where it was.
+    let stores = new.stores().into_iter().map(str::to_string);
+    let unnamed: Vec<String> =
+        stores.filter(|s| offered.addresses.iter().all(|a| a.store != *s || a.address.is_empty())).collect();
+    let kept = known.addresses.iter().filter(|a| unnamed.contains(&a.store)).cloned();
+    offered.addresses.extend(kept);
+    offered.addresses.retain(|a| !a.address.is_empty());
+    offered.addresses.sort_by(|a, b| a.store.cmp(&b.store));
+    (has > had || offered.addresses != known.addresses).then_some(offered)
+}
+
+/// What one stream has told the operator.
+#[derive(Default)]
+struct Told {
+    /// Name -> how often it had been asked for.
+    names: BTreeMap<String, u64>,
+    /// Uid -> version.
+    known: BTreeMap<String, u64>,
+}
+
+#[derive(Default)]
+struct State {
+    subscriptions: BTreeMap<String, (Arc<Subscription>, u64)>,
+    obstacle: String,
+}
+
+/// Every keyspace that a client watches.
+pub(crate) struct Topologies {
+    state: Mutex<State>,
+    /// Marks that there may be something to tell the operator.
+    changed: watch::Sender<()>,
+}
+
+impl Topologies {
+    pub(crate) fn new() -> Self {
+        Self { state: Mutex::default(), changed: watch::Sender::new(()) }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Adds a name to what is watched. One that was missing is asked for again.
+    pub(crate) fn subscribe(&self, name: &str) -> Arc<Subscription> {
+        let mut state = self.state();
+        let (subscription, asked) = state.subscriptions.entry(name.to_string()).or_insert_with(|| {
+            let subscription = Subscription {
+                name: name.to_string(),
+                status: watch::Sender::new(Status::Asked),
+                latest: watch::Sender::new(Arc::default()),
+            };
+            (Arc::new(subscription), 0)
+        });
+        let again = subscription
+            .status
+            .send_if_modified(|s| *s == Status::Missing && std::mem::replace(s, Status::Asked) != Status::Asked);
+        if again || *asked == 0 {
+            *asked += 1;
+        }
+        let subscription = subscription.clone();
+        drop(state);
+        self.changed.send_replace(());
+        subscription
+    }
+
+    /// Why the operator could not be reached last; empty when it can be.
+    pub(crate) fn obstacle(&self) -> String {
+        self.state().obstacle.clone()
+    }
+
+    /// Takes in a topology that a store attached to a refusal; says whether it was newer.
+    pub(crate) fn offer(&self, subscription: &Subscription, update: KeyspaceUpdate) -> bool {
+        let taken = subscription.offer(update, Source::Store);
+        if taken {
+            self.changed.send_replace(());
+        }
+        taken
+    }
+
+    fn event(&self, response: WatchResponse) {
+        match response.event {
+            Some(Event::Update(update)) => {
+                let Some(topology) = &update.topology else { return };
+                let found = self.state().subscriptions.get(&topology.name).map(|(s, _)| s.clone());
+                let Some(subscription) = found else { return };
+                let (name, version) = (topology.name.clone(), topology.version);
+                if subscription.offer(update, Source::Operator) {
+                    tracing::debug!(keyspace = name, version, "took in a topology");
+                    self.changed.send_replace(());
+                }
+            }
+            Some(Event::Missing(name)) => {
+                if let Some((subscription, _)) = self.state().subscriptions.get(&name) {
+                    subscription.status.send_replace(Status::Missing);
+                }
+            }
+            None => {}
+        }
+    }
+
+    /// What the operator has not been told on this stream yet.
+    fn untold(&self, told: &mut Told) -> Option<WatchRequest> {
+        let mut request = WatchRequest::default();
+        for (name, (subscription, asked)) in &self.state().subscriptions {
+            if told.names.insert(name.clone(), *asked) != Some(*asked) {
+                request.keyspaces.push(name.clone());
+            }
+            let latest = subscription.latest.borrow();
+            if let Some(t) = &latest.topology
+                && told.known.insert(t.uid.clone(), t.version) != Some(t.version)
+            {
+                request.known.push(Known { uid: t.uid.clone(), version: t.version });
+            }
+        }
+        (request != WatchRequest::default()).then_some(request)
+    }
+
+    /// The request side of one stream: the latest that the operator has not been told,
+    /// never a queue of what was.
+    fn requests(self: Arc<Self>) -> impl Stream<Item = WatchRequest> + Send + 'static {
+        let changed = self.changed.subscribe();
+        futures::stream::unfold((self, changed, Told::default()), |(all, mut changed, mut told)| async move {
+            loop {
+                changed.borrow_and_update();
+                if let Some(request) = all.untold(&mut told) {
+                    return Some((request, (all, changed, told)));
+                }
+                changed.changed().await.ok()?;
+            }
+        })
+    }
+
+    /// One stream from its making to its end; returns why it ended.
+    async fn stream(self: &Arc<Self>, env: &Env, operator: &str, failures: &mut u32) -> String {
+        let channel = match env.dial(operator) {
+            Ok(channel) => channel,
+            Err(error) => return describe_transport(&error),
+        };
+        let mut client =
+            OperatorClient::new(channel).max_decoding_message_size(MAX_MESSAGE).max_encoding_message_size(MAX_MESSAGE);
+        let mut responses = match client.watch(self.clone().requests()).await {
+            Ok(response) => response.into_inner(),
+            Err(status) => return describe(&status),
+        };
+        self.state().obstacle = "it has not answered yet".into();
+        loop {
+            match responses.message().await {
+                Ok(Some(response)) => {
+                    *failures = 0;
+                    self.state().obstacle.clear();
+                    self.event(response);
+                }
+                Ok(None) => return "it closed the stream".into(),
+                Err(status) => return describe(&status),
+            }
+        }
+    }
+
+    /// Keeps a stream to the operator until dropped.
+    pub(crate) async fn run(self: Arc<Self>, env: Env, operator: String) {
+        let mut failures = 0u32;
+        loop {
+            let reason = self.stream(&env, &operator, &mut failures).await;
+            tracing::debug!(operator, reason, "lost the operator; going on with what is known");
+            self.state().obstacle = reason;
+            let pause = Duration::from_millis((50u64 << failures.min(6)).min(2_000));
+            failures += 1;
+            tokio::time::sleep(env.jitter(pause)).await;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::v1::{Assignment, Shard, StoreAddress, Topology, View};
+
+    fn update(uid: &str, version: u64, addresses: &[(&str, &str)]) -> KeyspaceUpdate {
+        let replicas = ["a", "b"].map(|s| Assignment { store: s.into(), replica: 1, serving: true }).into();
+        let current = Some(View { shards: vec![Shard { replicas }] });
+        let topology = Topology { uid: uid.into(), name: "k".into(), version, current, ..Default::default() };
+        let address = |&(store, address): &(&str, &str)| StoreAddress { store: store.into(), address: address.into() };
+        KeyspaceUpdate { topology: Some(topology), addresses: addresses.iter().map(address).collect() }
+    }
+
+    #[test]
+    fn only_newer_topologies_are_taken() {
+        let known = update("u", 5, &[("a", "h:1")]);
+        let took = |version, source| newer(&known, update("u", version, &[("a", "h:1")]), source).is_some();
+        assert!(took(6, Source::Operator) && took(6, Source::Store));
+        assert!(!took(5, Source::Operator) && !took(5, Source::Store));
+        assert!(!took(4, Source::Operator) && !took(4, Source::Store));
+        // Of another uid, only the operator can tell that it is the one of that name now.
+        assert!(newer(&known, update("w", 1, &[]), Source::Operator).is_some());
+        assert!(newer(&known, update("w", 9, &[]), Source::Store).is_none());
+        assert!(newer(&known, KeyspaceUpdate::default(), Source::Operator).is_none());
+    }
+
+    #[test]
+    fn a_store_that_moved_is_found_and_one_not_heard_of_is_kept() {
+        let known = update("u", 5, &[("a", "h:1"), ("b", "h:2")]);
+        let moved = newer(&known, update("u", 5, &[("a", "h:3"), ("b", "")]), Source::Operator).unwrap();
+        assert_eq!(moved.addresses, update("u", 5, &[("a", "h:3"), ("b", "h:2")]).addresses);
+        assert!(newer(&known, update("u", 5, &[("b", "h:2")]), Source::Operator).is_none());
+        assert!(newer(&known, update("u", 5, &[("a", "h:3")]), Source::Store).is_none());
+    }
+
+    #[test]
+    fn the_operator_is_told_each_thing_once_a_stream() {
+        let all = Topologies::new();
+        let mut told = Told::default();
+        assert_eq!(all.untold(&mut told), None);
+        all.subscribe("k");
+        let request = all.untold(&mut told).unwrap();
+        assert_eq!((request.keyspaces, request.known), (vec!["k".to_string()], vec![]));
+        all.event(WatchResponse { event: Some(Event::Update(update("u", 5, &[]))) });
+        let request = all.untold(&mut told).unwrap();
+        assert_eq!((request.keyspaces.len(), request.known), (0, vec![Known { uid: "u".into(), version: 5 }]));
+        all.subscribe("k");
+        assert_eq!(all.untold(&mut told), None);
+        // A new stream is told all of it.
+        let request = all.untold(&mut Told::default()).unwrap();
+        assert_eq!((request.keyspaces.len(), request.known.len()), (1, 1));
+    }
+
+    #[test]
+    fn a_missing_name_is_asked_for_again() {
+        let all = Topologies::new();
+        let mut told = Told::default();
+        let subscription = all.subscribe("k");
+        all.untold(&mut told);
+        all.event(WatchResponse { event: Some(Event::Missing("k".into())) });
+        assert_eq!(*subscription.status.borrow(), Status::Missing);
+        all.subscribe("k");
+        assert_eq!(*subscription.status.borrow(), Status::Asked);
+        assert_eq!(all.untold(&mut told).unwrap().keyspaces, ["k"]);
+    }
+}

@@ -1,0 +1,581 @@
+//! The topology server: what stores report comes together here, and committed
+//! topologies go out from here, to the stores they concern and to every client that
+//! watches. It decides nothing; a driver does, by what it sees here.
+
+mod service;
+mod streams;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use prost::Message;
+use prost::bytes::{Bytes, BytesMut};
+use tokio::sync::{Notify, watch};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tonic::Status;
+use vasto_client::v1::watch_response::Event;
+use vasto_client::v1::{
+    KeyspaceReport, KeyspaceUpdate, Phase, StoreAddress, StoreReport, StoreUpdate, Topology, WatchRequest, WatchResponse,
+};
+
+pub use service::OperatorService;
+
+/// A store that has said nothing for this long is away.
+pub const SILENCE: Duration = Duration::from_secs(5);
+
+const MAX_WATCHERS: usize = 50_000;
+const MAX_STORES: usize = 8_192;
+/// Of one watcher.
+const MAX_NAMES: usize = 1_024;
+/// An update for a store is cut after this many bytes; the rest follows in another.
+const UPDATE_BYTES: usize = 1 << 20;
+
+/// The topology server's state. Cheap to clone; all clones are one.
+#[derive(Clone)]
+pub struct Hub(Arc<Inner>);
+
+struct Inner {
+    index: Mutex<Index>,
+    /// The index's serial: wakes the streams of stores.
+    changed: watch::Sender<u64>,
+    wake: Notify,
+    stop: CancellationToken,
+}
+
+#[derive(Default)]
+struct Index {
+    /// Rises with everything that a store may have to be told.
+    serial: u64,
+    last_id: u64,
+    /// Whether a name that nobody claimed is really missing.
+    settled: bool,
+    names: BTreeMap<String, Name>,
+    /// By uid.
+    committed: BTreeMap<String, Committed>,
+    stores: BTreeMap<String, Store>,
+    watchers: BTreeMap<u64, Watcher>,
+    dirty: Dirty,
+}
+
+/// A keyspace's name, as watchers see it.
+struct Name {
+    claimed: bool,
+    shown: watch::Sender<Shown>,
+}
+
+/// What a watcher is to be told of a name.
+#[derive(Clone)]
+enum Shown {
+    /// Nothing yet.
+    Pending,
+    Missing,
+    Update(Arc<Published>),
+}
+
+/// One encoding for all watchers.
+struct Published {
+    uid: String,
+    version: u64,
+    bytes: Bytes,
+}
+
+struct Committed {
+    topology: Arc<Topology>,
+    /// What clients may act on: the committed one, or one before it.
+    published: Option<Arc<Topology>>,
+    stores: BTreeSet<String>,
+    serial: u64,
+    /// One encoding for all stores: a `StoreUpdate` with this keyspace only. Several
+    /// of them put together are again a `StoreUpdate`.
+    update: Bytes,
+}
+
+struct Store {
+    address: String,
+    incarnation: u64,
+    stopping: bool,
+    /// The stream that speaks for it.
+    stream: Option<u64>,
+    heard: Instant,
+    /// By uid, without topologies.
+    reports: BTreeMap<String, Arc<KeyspaceReport>>,
+    /// By uid.
+    topologies: BTreeMap<String, Arc<Topology>>,
+}
+
+#[derive(Default)]
+struct Watcher {
+    names: BTreeSet<String>,
+    /// Uid -> version.
+    known: BTreeMap<String, u64>,
+}
+
+/// Keyspaces (by uid) that a driver should look at again.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Dirty {
+    /// Every one: a store came or went.
+    All,
+    /// These.
+    Some(BTreeSet<String>),
+}
+
+impl Default for Dirty {
+    fn default() -> Self {
+        Self::Some(BTreeSet::new())
+    }
+}
+
+impl Dirty {
+    fn add(&mut self, uid: &str) {
+        if let Self::Some(uids) = self {
+            uids.insert(uid.to_owned());
+        }
+    }
+}
+
+/// A store, as a driver sees it.
+#[derive(Clone, Debug)]
+pub struct Seen {
+    /// Where it listens, as last heard.
+    pub address: String,
+    /// It has a stream and was heard on it lately.
+    pub living: bool,
+    /// How long ago it was heard.
+    pub silent: Duration,
+    /// What it last said of the keyspace in question; none if it does not have it.
+    pub report: Option<Arc<KeyspaceReport>>,
+    /// The topology of it that the store has.
+    pub topology: Option<Arc<Topology>>,
+}
+
+impl Store {
+    fn living(&self) -> bool {
+        self.stream.is_some() && !self.stopping && self.heard.elapsed() < SILENCE
+    }
+}
+
+impl Hub {
+    /// A hub that knows nothing yet. Its streams end when `stop` is cancelled.
+    pub fn new(stop: CancellationToken) -> Self {
+        let (index, changed) = (Mutex::default(), watch::Sender::new(0));
+        Self(Arc::new(Inner { index, changed, wake: Notify::new(), stop }))
+    }
+
+    fn index(&self) -> MutexGuard<'_, Index> {
+        self.0.index.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// After a change of the index: wakes the streams of stores.
+    fn tell_stores(&self, index: &Index) {
+        self.0.changed.send_replace(index.serial);
+    }
+
+    // What a driver does.
+
+    /// Waits until there is something new to look at.
+    pub async fn wait(&self) {
+        self.0.wake.notified().await;
+    }
+
+    /// Takes what there is to look at again.
+    pub fn take_dirty(&self) -> Dirty {
+        std::mem::take(&mut self.index().dirty)
+    }
+
+    /// This name belongs to a keyspace, of which watchers will be told in time.
+    pub fn claim(&self, name: &str) {
+        let mut index = self.index();
+        let entry = index.name(name);
+        entry.claimed = true;
+        entry.shown.send_if_modified(|s| matches!(s, Shown::Missing) && { *s = Shown::Pending; true });
+    }
+
+    /// This name belongs to no keyspace any longer.
+    pub fn release(&self, name: &str) {
+        self.index().release(name);
+    }
+
+    /// From now on a name that nobody has claimed is answered as missing.
+    pub fn settle(&self) {
+        let mut index = self.index();
+        index.settled = true;
+        for name in index.names.values().filter(|n| !n.claimed) {
+            name.shown.send_replace(Shown::Missing);
+        }
+        index.sweep();
+    }
+
+    /// Hands a committed topology to the stores that it concerns. What is older
+    /// than what was committed before is ignored.
+    pub fn commit(&self, topology: Arc<Topology>) {
+        let mut index = self.index();
+        let old = index.committed.get(&topology.uid);
+        if old.is_some_and(|old| old.topology.version >= topology.version) {
+            return;
+        }
+        index.serial += 1;
+        let committed = Committed {
+            stores: topology.stores().into_iter().map(str::to_owned).collect(),
+            published: old.and_then(|old| old.published.clone()),
+            serial: index.serial,
+            update: index.encode_for_stores(&topology),
+            topology,
+        };
+        index.committed.insert(committed.topology.uid.clone(), committed);
+        self.tell_stores(&index);
+    }
+
+    /// Hands the committed topology of this keyspace to those who watch its name. One
+    /// that is being deleted is missing to them.
+    pub fn publish(&self, uid: &str) {
+        let mut index = self.index();
+        let Some(committed) = index.committed.get_mut(uid) else { return };
+        let topology = committed.topology.clone();
+        if topology.phase() == Phase::Deleting {
+            committed.published = None;
+            index.release(&topology.name);
+            return;
+        }
+        if committed.published.as_ref().is_some_and(|p| p.version >= topology.version) {
+            return;
+        }
+        committed.published = Some(topology.clone());
+        index.show(&topology);
+    }
+
+    /// Forgets a keyspace, so that stores are told nothing more of it.
+    pub fn forget(&self, uid: &str) {
+        self.index().committed.remove(uid);
+    }
+
+    /// Whether someone who watches this keyspace has not said yet that it knows this version.
+    pub fn watchers_behind(&self, name: &str, uid: &str, version: u64) -> bool {
+        let index = self.index();
+        let mut watching = index.watchers.values().filter(|w| w.names.contains(name));
+        watching.any(|w| w.known.get(uid).is_none_or(|known| *known < version))
+    }
+
+    /// Every store that was heard of, with what it says of this keyspace.
+    pub fn look(&self, uid: &str) -> BTreeMap<String, Seen> {
+        let index = self.index();
+        let seen = |store: &Store| Seen {
+            address: store.address.clone(),
+            living: store.living(),
+            silent: store.heard.elapsed(),
+            report: store.reports.get(uid).cloned(),
+            topology: store.topologies.get(uid).cloned(),
+        };
+        index.stores.iter().map(|(name, store)| (name.clone(), seen(store))).collect()
+    }
+
+    /// The topologies of this keyspace that stores have reported.
+    pub fn reported(&self, uid: &str) -> Vec<Arc<Topology>> {
+        self.index().stores.values().filter_map(|s| s.topologies.get(uid).cloned()).collect()
+    }
+
+    /// The uid and name of every keyspace of which a store has reported a topology.
+    pub fn reported_keyspaces(&self) -> BTreeMap<String, String> {
+        let index = self.index();
+        let all = index.stores.values().flat_map(|s| s.topologies.values());
+        all.map(|t| (t.uid.clone(), t.name.clone())).collect()
+    }
+
+    /// Living stores that hold no replica of anything, and that no committed topology names.
+    pub fn idle_stores(&self) -> BTreeSet<String> {
+        let index = self.index();
+        let idle = index.stores.iter().filter(|(name, store)| {
+            store.living()
+                && store.reports.values().all(|r| r.replicas.is_empty())
+                && index.committed.values().all(|c| !c.stores.contains(*name))
+        });
+        idle.map(|(name, _)| name.clone()).collect()
+    }
+
+    /// Stores that live.
+    pub fn living(&self) -> BTreeSet<String> {
+        let index = self.index();
+        index.stores.iter().filter(|(_, s)| s.living()).map(|(name, _)| name.clone()).collect()
+    }
+
+    /// Whether all these stores live.
+    pub fn all_living(&self, names: &BTreeSet<String>) -> bool {
+        let index = self.index();
+        names.iter().all(|name| index.stores.get(name).is_some_and(Store::living))
+    }
+
+    /// Forgets stores that are gone and that no committed topology names.
+    pub fn sweep_stores(&self) {
+        let Index { stores, committed, .. } = &mut *self.index();
+        stores.retain(|name, store| store.stream.is_some() || committed.values().any(|c| c.stores.contains(name)));
+    }
+
+    // What streams do.
+
+    fn stop(&self) -> CancellationToken {
+        self.0.stop.clone()
+    }
+
+    fn changes(&self) -> watch::Receiver<u64> {
+        self.0.changed.subscribe()
+    }
+
+    fn next_id(&self) -> u64 {
+        self.index().next_id()
+    }
+
+    fn enter(&self) -> Result<u64, Status> {
+        let mut index = self.index();
+        if index.watchers.len() >= MAX_WATCHERS {
+            return Err(Status::resource_exhausted(format!(
+                "{MAX_WATCHERS} clients are watching, which is the most that one operator serves; try again later"
+            )));
+        }
+        let id = index.next_id();
+        index.watchers.insert(id, Watcher::default());
+        Ok(id)
+    }
+
+    /// Takes in what a watcher asks for and knows; gives what it has to be shown.
+    fn heard_from_watcher(
+        &self,
+        id: u64,
+        request: WatchRequest,
+    ) -> Result<Vec<(String, watch::Receiver<Shown>)>, Status> {
+        let mut index = self.index();
+        let index = &mut *index;
+        let Some(watcher) = index.watchers.get_mut(&id) else { return Ok(Vec::new()) };
+        watcher.names.extend(request.keyspaces.iter().cloned());
+        for known in request.known {
+            let version = watcher.known.entry(known.uid.clone()).or_default();
+            if known.version > *version {
+                *version = known.version;
+                if index.committed.contains_key(&known.uid) {
+                    index.dirty.add(&known.uid);
+                }
+            }
+        }
+        if watcher.names.len() > MAX_NAMES || watcher.known.len() > 4 * MAX_NAMES {
+            return Err(Status::resource_exhausted(format!(
+                "one stream watches at most {MAX_NAMES} keyspaces; open another for the rest"
+            )));
+        }
+        self.0.wake.notify_one();
+        let subscribe = |name: String| {
+            let receiver = index.name(&name).shown.subscribe();
+            (name, receiver)
+        };
+        Ok(request.keyspaces.into_iter().map(subscribe).collect())
+    }
+
+    fn leave(&self, id: u64) {
+        let mut index = self.index();
+        index.watchers.remove(&id);
+        index.sweep();
+        // Whoever waited for this one waits no longer.
+        index.dirty = Dirty::All;
+        self.0.wake.notify_one();
+    }
+
+    /// The first report of a stream: from now on this stream speaks for the store.
+    fn register(&self, id: u64, report: StoreReport) -> Result<(), Status> {
+        let mut index = self.index();
+        let name = &report.store;
+        if name.is_empty() || name.len() > 253 {
+            return Err(Status::invalid_argument(format!(
+                "the store's name {name:?} has {} bytes; it must have 1 to 253",
+                name.len()
+            )));
+        }
+        let full = index.stores.len() >= MAX_STORES;
+        match index.stores.get_mut(name) {
+            Some(old) if old.living() && old.incarnation != report.incarnation => {
+                return Err(Status::already_exists(format!(
+                    "a store named {name} is connected already, from {}: two processes can't be one store; \
+                     stop one of them, or give this one another name",
+                    old.address
+                )));
+            }
+            Some(old) => {
+                old.stream = Some(id);
+                old.incarnation = report.incarnation;
+            }
+            None if full => {
+                return Err(Status::resource_exhausted(format!(
+                    "{MAX_STORES} stores are known, which is the most that one operator serves"
+                )));
+            }
+            None => {
+                let store = Store {
+                    address: String::new(),
+                    incarnation: report.incarnation,
+                    stopping: false,
+                    stream: Some(id),
+                    heard: Instant::now(),
+                    reports: BTreeMap::new(),
+                    topologies: BTreeMap::new(),
+                };
+                index.stores.insert(name.clone(), store);
+            }
+        }
+        tracing::info!(store = name, address = report.address, "a store has connected");
+        index.dirty = Dirty::All;
+        drop(index);
+        self.heard_from_store(id, report)
+    }
+
+    fn heard_from_store(&self, id: u64, report: StoreReport) -> Result<(), Status> {
+        let mut index = self.index();
+        let index = &mut *index;
+        let store = speaker(&mut index.stores, &report.store, id)?;
+        if store.incarnation != report.incarnation {
+            return Err(Status::invalid_argument(format!(
+                "the incarnation of {} changed within one stream: a store that starts anew must connect anew",
+                report.store
+            )));
+        }
+        let was_living = store.living();
+        store.heard = Instant::now();
+        store.stopping = report.stopping;
+        let moved = store.address != report.address;
+        store.address = report.address;
+
+        let mut changed = Vec::new();
+        let mut before = std::mem::take(&mut store.reports);
+        for mut keyspace in report.keyspaces {
+            let uid = keyspace.uid.clone();
+            if let Some(topology) = keyspace.topology.take() {
+                store.topologies.insert(uid.clone(), Arc::new(topology));
+            }
+            let old = before.remove(&uid);
+            let same = old.filter(|old| **old == keyspace);
+            if same.is_none() {
+                changed.push(uid.clone());
+            }
+            store.reports.insert(uid, same.unwrap_or_else(|| Arc::new(keyspace)));
+        }
+        changed.extend(before.into_keys());
+        let Store { reports, topologies, .. } = store;
+        topologies.retain(|uid, _| reports.contains_key(uid));
+
+        if was_living != store.living() {
+            index.dirty = Dirty::All;
+        }
+        changed.iter().for_each(|uid| index.dirty.add(uid));
+        if moved {
+            index.readdress(&report.store);
+            self.tell_stores(index);
+        }
+        self.0.wake.notify_one();
+        Ok(())
+    }
+
+    /// What this store has to be told beyond what was `sent` (uid -> serial).
+    fn updates_for(&self, name: &str, id: u64, sent: &mut BTreeMap<String, u64>) -> Result<Option<Bytes>, Status> {
+        let mut index = self.index();
+        let index = &mut *index;
+        let store = speaker(&mut index.stores, name, id)?;
+        sent.retain(|uid, _| index.committed.contains_key(uid));
+        let mut bytes = BytesMut::new();
+        for (uid, committed) in &index.committed {
+            let concerned = committed.stores.contains(name) || store.reports.contains_key(uid);
+            if concerned && bytes.len() < UPDATE_BYTES && sent.get(uid) != Some(&committed.serial) {
+                bytes.extend_from_slice(&committed.update);
+                sent.insert(uid.clone(), committed.serial);
+            }
+        }
+        Ok((!bytes.is_empty()).then(|| bytes.freeze()))
+    }
+
+    /// The stream that spoke for the store has ended.
+    fn silent(&self, name: &str, id: u64) {
+        let mut index = self.index();
+        if let Ok(store) = speaker(&mut index.stores, name, id) {
+            store.stream = None;
+            index.dirty = Dirty::All;
+            tracing::info!(store = name, "a store has disconnected");
+            self.0.wake.notify_one();
+        }
+    }
+}
+
+impl Index {
+    fn next_id(&mut self) -> u64 {
+        self.last_id += 1;
+        self.last_id
+    }
+
+    fn name(&mut self, name: &str) -> &mut Name {
+        let settled = self.settled;
+        self.names.entry(name.to_owned()).or_insert_with(|| {
+            let shown = if settled { Shown::Missing } else { Shown::Pending };
+            Name { claimed: false, shown: watch::Sender::new(shown) }
+        })
+    }
+
+    fn release(&mut self, name: &str) {
+        let shown = if self.settled { Shown::Missing } else { Shown::Pending };
+        if let Some(entry) = self.names.get_mut(name)
+            && entry.claimed
+        {
+            entry.claimed = false;
+            entry.shown.send_replace(shown);
+        }
+        self.sweep();
+    }
+
+    /// Forgets names that are no keyspace's and that nobody watches.
+    fn sweep(&mut self) {
+        self.names.retain(|_, name| name.claimed || name.shown.receiver_count() > 0);
+    }
+
+    fn update(&self, topology: &Topology) -> KeyspaceUpdate {
+        let address = |store: &str| {
+            let address = self.stores.get(store).map(|s| s.address.clone()).filter(|a| !a.is_empty())?;
+            Some(StoreAddress { store: store.to_owned(), address })
+        };
+        let addresses = topology.stores().into_iter().filter_map(address).collect();
+        KeyspaceUpdate { topology: Some(topology.clone()), addresses }
+    }
+
+    fn encode_for_stores(&self, topology: &Topology) -> Bytes {
+        StoreUpdate { keyspaces: vec![self.update(topology)] }.encode_to_vec().into()
+    }
+
+    fn show(&mut self, topology: &Topology) {
+        let event = Some(Event::Update(self.update(topology)));
+        let bytes = WatchResponse { event }.encode_to_vec().into();
+        let published = Published { uid: topology.uid.clone(), version: topology.version, bytes };
+        let name = self.name(&topology.name);
+        name.claimed = true;
+        name.shown.send_replace(Shown::Update(Arc::new(published)));
+    }
+
+    /// The address of a store has changed: everyone who was told of it is told again.
+    fn readdress(&mut self, store: &str) {
+        let uids: Vec<String> =
+            self.committed.iter().filter(|(_, c)| c.stores.contains(store)).map(|(uid, _)| uid.clone()).collect();
+        for uid in uids {
+            self.serial += 1;
+            let Some(committed) = self.committed.get(&uid) else { continue };
+            let update = self.encode_for_stores(&committed.topology.clone());
+            let published = committed.published.clone();
+            if let Some(committed) = self.committed.get_mut(&uid) {
+                (committed.serial, committed.update) = (self.serial, update);
+            }
+            if let Some(topology) = published
+                && self.names.get(&topology.name).is_some_and(|n| n.claimed)
+            {
+                self.show(&topology);
+            }
+        }
+    }
+}
+
+/// The store, if this stream speaks for it.
+fn speaker<'a>(stores: &'a mut BTreeMap<String, Store>, name: &str, id: u64) -> Result<&'a mut Store, Status> {
+    stores.get_mut(name).filter(|s| s.stream == Some(id)).ok_or_else(|| {
+        Status::aborted(format!("another stream speaks for {name} now; this one has been given up"))
+    })
+}

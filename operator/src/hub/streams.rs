@@ -1,0 +1,197 @@
+//! One stream each: a watcher's and a store's. A stream is polled only when its
+//! receiver has room, and then takes the latest there is: nothing queues up behind
+//! a slow one, and when it is dropped everything of it goes.
+
+use std::collections::BTreeMap;
+
+use prost::Message;
+use prost::bytes::Bytes;
+use tokio::sync::watch;
+use tokio_stream::wrappers::WatchStream;
+use tokio_stream::{StreamExt, StreamMap};
+use tonic::{Status, Streaming};
+use vasto_client::v1::watch_response::Event;
+use vasto_client::v1::{StoreReport, WatchRequest, WatchResponse};
+
+use super::{Hub, Shown};
+
+/// The next message, or for ever nothing once the other side has closed its half.
+async fn heard<T>(inbound: &mut Option<Streaming<T>>) -> Result<Option<T>, Status> {
+    match inbound {
+        Some(stream) => stream.message().await,
+        None => std::future::pending().await,
+    }
+}
+
+fn stopping() -> Status {
+    Status::unavailable("the operator is stopping; try again")
+}
+
+/// A client's stream.
+pub(super) struct Watching {
+    hub: Hub,
+    id: u64,
+    inbound: Option<Streaming<WatchRequest>>,
+    shown: StreamMap<String, WatchStream<Shown>>,
+    /// Uid -> the greatest version that the watcher said it knows.
+    known: BTreeMap<String, u64>,
+    ended: bool,
+}
+
+impl Watching {
+    pub(super) fn begin(hub: Hub, inbound: Streaming<WatchRequest>) -> Result<Self, Status> {
+        let id = hub.enter()?;
+        let (shown, known) = (StreamMap::new(), BTreeMap::new());
+        Ok(Self { hub, id, inbound: Some(inbound), shown, known, ended: false })
+    }
+
+    /// For `stream::unfold`: the next answer.
+    pub(super) async fn next(mut self) -> Option<(Result<Bytes, Status>, Self)> {
+        if self.ended {
+            return None;
+        }
+        let answer = self.answer().await?;
+        self.ended = answer.is_err();
+        Some((answer, self))
+    }
+
+    async fn answer(&mut self) -> Option<Result<Bytes, Status>> {
+        let stop = self.hub.stop();
+        loop {
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => return Some(Err(stopping())),
+                request = heard(&mut self.inbound) => match request {
+                    Ok(Some(request)) => {
+                        if let Err(status) = self.take(request) {
+                            return Some(Err(status));
+                        }
+                    }
+                    Ok(None) => self.inbound = None,
+                    // The watcher has gone.
+                    Err(_) => return None,
+                },
+                Some((name, shown)) = self.shown.next(), if !self.shown.is_empty() => {
+                    if let Some(bytes) = self.encoded(name, shown) {
+                        return Some(Ok(bytes));
+                    }
+                }
+            }
+        }
+    }
+
+    fn take(&mut self, request: WatchRequest) -> Result<(), Status> {
+        for known in &request.known {
+            let version = self.known.entry(known.uid.clone()).or_default();
+            *version = known.version.max(*version);
+        }
+        for (name, receiver) in self.hub.heard_from_watcher(self.id, request)? {
+            // A name that is asked for again is answered again.
+            self.shown.insert(name, WatchStream::new(receiver));
+        }
+        Ok(())
+    }
+
+    fn encoded(&self, name: String, shown: Shown) -> Option<Bytes> {
+        match shown {
+            Shown::Pending => None,
+            Shown::Missing => Some(WatchResponse { event: Some(Event::Missing(name)) }.encode_to_vec().into()),
+            // Older than what the watcher has from elsewhere: of no use to it. The
+            // same version is sent, since addresses may be news.
+            Shown::Update(update) if self.known.get(&update.uid).is_some_and(|v| *v > update.version) => None,
+            Shown::Update(update) => Some(update.bytes.clone()),
+        }
+    }
+}
+
+impl Drop for Watching {
+    fn drop(&mut self) {
+        // Receivers first: a name that nobody watches can then be forgotten.
+        self.shown.clear();
+        self.hub.leave(self.id);
+    }
+}
+
+/// A store's stream.
+pub(super) struct Reporting {
+    hub: Hub,
+    id: u64,
+    inbound: Option<Streaming<StoreReport>>,
+    /// Known from the first report.
+    store: Option<String>,
+    changed: watch::Receiver<u64>,
+    /// Uid -> the serial of what was sent last.
+    sent: BTreeMap<String, u64>,
+    ended: bool,
+}
+
+impl Reporting {
+    pub(super) fn begin(hub: Hub, inbound: Streaming<StoreReport>) -> Self {
+        let (id, changed) = (hub.next_id(), hub.changes());
+        Self { hub, id, inbound: Some(inbound), store: None, changed, sent: BTreeMap::new(), ended: false }
+    }
+
+    /// For `stream::unfold`: the next answer.
+    pub(super) async fn next(mut self) -> Option<(Result<Bytes, Status>, Self)> {
+        if self.ended {
+            return None;
+        }
+        let answer = self.answer().await?;
+        self.ended = answer.is_err();
+        Some((answer, self))
+    }
+
+    async fn answer(&mut self) -> Option<Result<Bytes, Status>> {
+        let stop = self.hub.stop();
+        loop {
+            if let Some(store) = &self.store {
+                self.changed.borrow_and_update();
+                match self.hub.updates_for(store, self.id, &mut self.sent) {
+                    Ok(Some(bytes)) => return Some(Ok(bytes)),
+                    Ok(None) => {}
+                    Err(status) => return Some(Err(status)),
+                }
+            }
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => return Some(Err(stopping())),
+                report = heard(&mut self.inbound) => match report {
+                    Ok(Some(report)) => {
+                        if let Err(status) = self.take(report) {
+                            return Some(Err(status));
+                        }
+                    }
+                    // A store that reports no more is not there.
+                    Ok(None) | Err(_) => return None,
+                },
+                _ = self.changed.changed() => {}
+            }
+        }
+    }
+
+    fn take(&mut self, report: StoreReport) -> Result<(), Status> {
+        match &self.store {
+            Some(name) if *name != report.store => {
+                return Err(Status::invalid_argument(format!(
+                    "this stream is {name}'s, and the report is {:?}'s: each store reports on a stream of its own",
+                    report.store
+                )));
+            }
+            Some(_) => self.hub.heard_from_store(self.id, report),
+            None => {
+                let name = report.store.clone();
+                self.hub.register(self.id, report)?;
+                self.store = Some(name);
+                Ok(())
+            }
+        }
+    }
+}
+
+impl Drop for Reporting {
+    fn drop(&mut self) {
+        if let Some(store) = &self.store {
+            self.hub.silent(store, self.id);
+        }
+    }
+}

@@ -1,0 +1,8 @@
+//! The operator: Vasto's master. It plans which stores hold which shards, commits
+//! that as one topology per keyspace, and streams it to stores and clients. It is
+//! never in the way of data, and has no state that it can't afford to lose.
+
+pub mod hub;
+mod keyspaces;
+pub mod local;
+pub mod plan;

@@ -1,0 +1,373 @@
+//! How a candidate is made: from nothing, where there is nothing to copy; from
+//! one replica of each source shard, merged into sorted files and ingested; or
+//! from a whole replica's own files. Until its birth is written it begins anew
+//! after any fault.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::sync::mpsc;
+use vasto_client::hash::shards_meet;
+use vasto_client::v1::{Position, SnapshotFile, SnapshotRequired, Topology, View};
+
+use crate::engine::{self, Engine, Shared};
+use crate::join::join;
+use crate::keyspace::Keyspace;
+use crate::meta;
+use crate::record::Record;
+use crate::replica::SourceProgress;
+use crate::snapshot::{self, Origin, Part, Reader};
+
+/// A sorted file is ended when it has this many bytes.
+const FILE_BYTES: u64 = 64 << 20;
+/// The seq of every row that a replica is born with, when it is born of records.
+const BIRTH_SEQ: u64 = 1;
+
+/// A candidate on its way.
+pub struct Building {
+    /// Drawn when its folder was made.
+    pub id: u64,
+    /// Its shard.
+    pub shard: u32,
+    /// Its folder.
+    pub dir: PathBuf,
+    progress: Mutex<HashMap<u64, SourceProgress>>,
+}
+
+impl Building {
+    /// For the folder of a candidate.
+    pub fn new(id: u64, shard: u32, dir: PathBuf) -> Self {
+        Self { id, shard, dir, progress: Mutex::default() }
+    }
+
+    /// What is reported of its sources.
+    pub fn sources(&self) -> HashMap<u64, SourceProgress> {
+        self.progress.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone()
+    }
+
+    fn update(&self, source: u64, change: impl FnOnce(&mut SourceProgress)) {
+        let mut progress = self.progress.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        change(progress.entry(source).or_default());
+    }
+
+    /// Builds until the candidate is born. `false`: the topology doesn't name it (any more).
+    pub async fn run(&self, keyspace: &Arc<Keyspace>, shared: &Shared) -> bool {
+        let mut updates = keyspace.updates();
+        for attempt in 0u32.. {
+            let topology = keyspace.topology();
+            let groups = match groups(&topology, self.id) {
+                None => {
+                    // Not named yet; or never again, then the topology drops it.
+                    if updates.changed().await.is_err() {
+                        return false;
+                    }
+                    continue;
+                }
+                Some(groups) => groups,
+            };
+            // Another replica of each shard each time one fails.
+            let from: Vec<Origin> =
+                groups.iter().map(|members| members[attempt as usize % members.len()].clone()).collect();
+            self.progress.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clear();
+            match self.attempt(keyspace, shared, &topology, from).await {
+                Ok(()) => return true,
+                Err(error) => {
+                    tracing::info!(replica = self.id, shard = self.shard, %error, "the copy begins anew");
+                    tokio::time::sleep(keyspace.env().jitter(Duration::from_millis(150))).await;
+                }
+            }
+        }
+        false
+    }
+
+    async fn attempt(
+        &self,
+        keyspace: &Arc<Keyspace>,
+        shared: &Shared,
+        topology: &Topology,
+        from: Vec<Origin>,
+    ) -> Result<(), snapshot::Error> {
+        let (db, ingest) = (self.dir.join("db"), self.dir.join("ingest"));
+        for folder in [&db, &ingest] {
+            if folder.exists() {
+                std::fs::remove_dir_all(folder).map_err(|e| store(folder, e))?;
+            }
+        }
+        if let [only] = from.as_slice() {
+            let mut reader = Reader::new(keyspace.clone(), only.clone(), self.id, true);
+            if reader.begin().await?.files {
+                return self.from_files(keyspace, shared, reader).await;
+            }
+            return self.from_records(keyspace, shared, topology, vec![reader]).await;
+        }
+        let mut readers = Vec::new();
+        for source in from {
+            let mut reader = Reader::new(keyspace.clone(), source, self.id, false);
+            reader.begin().await?;
+            readers.push(reader);
+        }
+        self.from_records(keyspace, shared, topology, readers).await
+    }
+
+    async fn from_records(
+        &self,
+        keyspace: &Arc<Keyspace>,
+        shared: &Shared,
+        topology: &Topology,
+        readers: Vec<Reader>,
+    ) -> Result<(), snapshot::Error> {
+        let ingest = self.dir.join("ingest");
+        std::fs::create_dir_all(&ingest).map_err(|e| store(&ingest, e))?;
+        for reader in &readers {
+            let total = reader.start.as_ref().map_or(0, |s| s.records_total);
+            self.update(reader.from().replica, |s| s.records_total = total);
+        }
+        // Each stream has a task of its own; the merger on a blocking thread
+        // takes the least key of all, so that the files never overlap.
+        let (mut streams, mut tasks) = (Vec::new(), Vec::new());
+        for mut reader in readers {
+            let (send, receive) = mpsc::channel::<Vec<(Bytes, Record)>>(4);
+            streams.push(Stream { source: reader.from().replica, receive, waiting: Vec::new().into_iter() });
+            tasks.push(tokio::spawn(async move {
+                loop {
+                    match reader.next().await? {
+                        Part::Records(records) => {
+                            if send.send(records).await.is_err() {
+                                return Err(snapshot::Error::Cut);
+                            }
+                        }
+                        Part::File(_) => return Err(snapshot::Error::Store("files were sent unasked".into())),
+                        Part::End => return Ok(reader),
+                    }
+                }
+            }));
+        }
+        let (count, counted) = mpsc::unbounded_channel();
+        let (path, dir, memory) = (self.dir.join("db"), ingest.clone(), shared.clone());
+        let merging = tokio::task::spawn_blocking(move || {
+            let engine = Engine::open(&path, &memory)?;
+            let files = merge_into_files(&engine, &dir, streams, &count)?;
+            Ok::<_, engine::Error>((engine, files))
+        });
+        let counting = self.count(counted);
+        let (merged, ()) = tokio::join!(merging, counting);
+        let mut done = Vec::new();
+        for task in tasks {
+            done.push(task.await.map_err(|e| snapshot::Error::Store(e.to_string()))??);
+        }
+        let (engine, files) = merged.map_err(|e| snapshot::Error::Store(e.to_string()))??;
+
+        let positions = done.iter().flat_map(|r| r.positions(topology)).map(|p| (p.replica, p)).collect();
+        let births = done
+            .iter()
+            .filter_map(|r| {
+                let start = r.start.as_ref()?;
+                Some(Position { replica: r.from().replica, epoch: start.epoch, seq: r.last_seq })
+            })
+            .collect();
+        let clock = done.iter().map(|r| r.clock).max().unwrap_or(0);
+        let birth = Birth { births, positions, clock, seq: BIRTH_SEQ, epoch: keyspace.env().random_id() };
+        let id = self.id;
+        let born = tokio::task::spawn_blocking(move || {
+            engine.ingest(files)?;
+            birth.write(&engine, id)
+        });
+        born.await.map_err(|e| snapshot::Error::Store(e.to_string()))??;
+        std::fs::remove_dir_all(&ingest).map_err(|e| store(&ingest, e))
+    }
+
+    async fn count(&self, mut counted: mpsc::UnboundedReceiver<(u64, u64, u64)>) {
+        while let Some((source, records, bytes)) = counted.recv().await {
+            self.update(source, |s| {
+                s.records += records;
+                s.bytes += bytes;
+            });
+        }
+    }
+
+    async fn from_files(&self, keyspace: &Arc<Keyspace>, shared: &Shared, mut reader: Reader) -> Result<(), snapshot::Error> {
+        let db = self.dir.join("db");
+        std::fs::create_dir_all(&db).map_err(|e| store(&db, e))?;
+        let source = reader.from().replica;
+        let total = reader.start.as_ref().map_or((0, 0), |s| (s.records_total, s.bytes_total));
+        self.update(source, |s| s.records_total = total.0);
+        loop {
+            match reader.next().await? {
+                Part::File(part) => {
+                    let bytes = part.data.len() as u64;
+                    let folder = db.clone();
+                    let written = tokio::task::spawn_blocking(move || append(&folder, &part)).await;
+                    written.map_err(|e| snapshot::Error::Store(e.to_string()))?.map_err(|e| store(&db, e))?;
+                    self.update(source, |s| {
+                        s.bytes += bytes;
+                        s.records = (total.0 as f64 * s.bytes as f64 / total.1.max(1) as f64) as u64;
+                    });
+                }
+                Part::Records(_) => return Err(snapshot::Error::Store("records were sent among files".into())),
+                Part::End => break,
+            }
+        }
+        let start = reader.start.clone().unwrap_or_default();
+        let (id, epoch, shared, clock) = (self.id, keyspace.env().random_id(), shared.clone(), reader.clock);
+        let born = tokio::task::spawn_blocking(move || {
+            let engine = Engine::open(&db, &shared)?;
+            let theirs = meta::read(&engine)?;
+            // All that the files hold, the source had at this seq.
+            let last = engine.last_change()?.unwrap_or(0).max(start.pin);
+            let mut batch = engine.batch();
+            batch.forget_life();
+            batch.trim_changes(last);
+            engine.write(batch, false)?;
+            let mut positions: BTreeMap<u64, Position> =
+                theirs.positions.into_iter().filter(|p| p.replica != id).map(|p| (p.replica, p)).collect();
+            let here = Position { replica: source, epoch: start.epoch, seq: last };
+            positions.insert(source, here);
+            let birth = Birth { births: vec![here], positions, clock: clock.max(theirs.clock), seq: last.max(1), epoch };
+            birth.write(&engine, id)
+        });
+        born.await.map_err(|e| snapshot::Error::Store(e.to_string()))??;
+        Ok(())
+    }
+}
+
+fn store(path: &Path, source: std::io::Error) -> snapshot::Error {
+    snapshot::Error::Store(format!("{}: {source}", path.display()))
+}
+
+fn append(folder: &Path, part: &SnapshotFile) -> std::io::Result<()> {
+    // A name from the wire must stay within the folder.
+    let name = Path::new(&part.name);
+    if name.components().count() != 1 || name.file_name().is_none() {
+        return Err(std::io::Error::other(format!("{:?} is no file name", part.name)));
+    }
+    let mut file = std::fs::OpenOptions::new().create(true).append(true).open(folder.join(name))?;
+    std::io::Write::write_all(&mut file, &part.data)?;
+    if part.last {
+        file.sync_all()?;
+    }
+    Ok(())
+}
+
+struct Birth {
+    births: Vec<Position>,
+    positions: BTreeMap<u64, Position>,
+    clock: u64,
+    seq: u64,
+    epoch: u64,
+}
+
+impl Birth {
+    fn write(self, engine: &Engine, id: u64) -> Result<(), engine::Error> {
+        let mut batch = engine.batch();
+        batch.put_id(id);
+        batch.put_ceilings(self.clock, self.seq);
+        for position in self.positions.values() {
+            batch.put_position(position);
+        }
+        batch.put_birth(&SnapshotRequired {
+            reason: String::new(),
+            epoch: self.epoch,
+            birth_seq: self.seq,
+            births: self.births,
+        });
+        engine.write(batch, true)
+    }
+}
+
+struct Stream {
+    source: u64,
+    receive: mpsc::Receiver<Vec<(Bytes, Record)>>,
+    waiting: std::vec::IntoIter<(Bytes, Record)>,
+}
+
+impl Stream {
+    /// The next record; `None` once the stream has ended. Blocks.
+    fn next(&mut self, count: &mpsc::UnboundedSender<(u64, u64, u64)>) -> Option<(Bytes, Record)> {
+        loop {
+            if let Some(next) = self.waiting.next() {
+                return Some(next);
+            }
+            let records = self.receive.blocking_recv()?;
+            let bytes: usize = records.iter().map(|(k, r)| k.len() + r.size()).sum();
+            let _ = count.send((self.source, records.len() as u64, bytes as u64));
+            self.waiting = records.into_iter();
+        }
+    }
+}
+
+/// Merges streams that are each in key order into files that don't overlap; a key that
+/// comes from several is joined. Blocks.
+fn merge_into_files(
+    engine: &Engine,
+    dir: &Path,
+    mut streams: Vec<Stream>,
+    count: &mpsc::UnboundedSender<(u64, u64, u64)>,
+) -> Result<Vec<PathBuf>, engine::Error> {
+    let mut heads: BTreeMap<Bytes, Vec<(usize, Record)>> = BTreeMap::new();
+    for (i, stream) in streams.iter_mut().enumerate() {
+        if let Some((key, record)) = stream.next(count) {
+            heads.entry(key).or_default().push((i, record));
+        }
+    }
+    let mut files = Vec::new();
+    let mut file: Option<engine::SortedFile<'_>> = None;
+    while let Some((key, met)) = heads.pop_first() {
+        let mut joined: Option<Record> = None;
+        for (i, record) in met {
+            joined = Some(match joined {
+                Some(other) => join(other, record),
+                None => record,
+            });
+            if let Some((key, record)) = streams[i].next(count) {
+                heads.entry(key).or_default().push((i, record));
+            }
+        }
+        let Some(record) = joined else { continue };
+        let out = match file.as_mut() {
+            Some(out) => out,
+            None => file.insert(engine.sorted_file(dir.join(format!("{:06}.sst", files.len())))?),
+        };
+        out.put(&key, BIRTH_SEQ, &record.encoded())?;
+        if out.size() >= FILE_BYTES && let Some(full) = file.take() {
+            files.push(full.finish()?);
+        }
+    }
+    if let Some(last) = file {
+        files.push(last.finish()?);
+    }
+    Ok(files)
+}
+
+/// From whom a candidate copies: for each shard that must be copied, the
+/// replicas that have it, serving ones first. `None`: the topology names no
+/// place for the candidate. Empty: there is nothing to copy.
+fn groups(topology: &Topology, id: u64) -> Option<Vec<Vec<Origin>>> {
+    let (place, before) = [
+        (topology.next.as_ref(), topology.current.as_ref()),
+        (topology.current.as_ref(), topology.previous.as_ref()),
+    ]
+    .into_iter()
+    .find_map(|(view, before)| Some((view?.place(id)?, before)))?;
+    let members = |view: &View, shard: u32| {
+        let mut members: Vec<_> = view
+            .places()
+            .filter(|p| p.shard == shard && p.assignment.replica != 0 && p.assignment.replica != id)
+            .map(|p| (!p.assignment.serving, Origin { replica: p.assignment.replica, store: p.assignment.store.clone() }))
+            .collect();
+        members.sort_by_key(|(away, _)| *away);
+        members.into_iter().map(|(_, from)| from).collect::<Vec<_>>()
+    };
+    let groups = match before {
+        Some(before) => (0..before.size())
+            .filter(|i| shards_meet(*i, before.size(), place.shard, place.shards))
+            .map(|i| members(before, i))
+            .collect(),
+        // Late, after the change ended: its shard's others have all of it.
+        None => topology.current.iter().map(|view| members(view, place.shard)).collect::<Vec<_>>(),
+    };
+    // A shard without any copy has nothing to give; its loss was accepted.
+    Some(groups.into_iter().filter(|members| !members.is_empty()).collect())
+}

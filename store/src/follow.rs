@@ -1,0 +1,403 @@
+//! How a replica keeps up with another: the source streams the current record
+//! of each changed key; the follower joins them, saves its position in the same
+//! batch, and confirms what is synced.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::StreamExt;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Status, Streaming};
+use vasto_client::v1::peer_client::PeerClient;
+use vasto_client::v1::{
+    FollowBatch, FollowRequest, FollowResponse, FollowStart, Position, Shipped, SnapshotRequired, Topology,
+    follow_request, follow_response,
+};
+
+use crate::engine;
+use crate::keyspace::Keyspace;
+use crate::record::{Record, glance};
+use crate::replica::Replica;
+use crate::snapshot;
+use crate::writer::PeerBatch;
+
+/// Lines of `changes` looked at in one step.
+const LINES: usize = 1_000;
+/// A message is sent when its records reach this many bytes.
+const MESSAGE_BYTES: usize = 1 << 20;
+/// A record longer than this travels in parts.
+const PART_BYTES: usize = 8 << 20;
+/// The longest silence of a source.
+const HEARTBEAT: Duration = Duration::from_millis(500);
+/// Silence after which a follower takes its source for dead and connects again.
+const SILENCE: Duration = Duration::from_secs(5);
+
+/// Whether a follower at this position can be served, and if not, why.
+pub fn required(replica: &Replica, start: &FollowStart) -> Option<SnapshotRequired> {
+    let birth = replica.progress.birth();
+    let (last, trimmed) = (replica.progress.last_seq(), replica.progress.trimmed());
+    let reason = if start.epoch != birth.epoch {
+        format!("epoch {:016x} is not known; it is {:016x}", start.epoch, birth.epoch)
+    } else if start.seq < trimmed {
+        format!("changes up to {trimmed} are gone, and {} was asked for", start.seq)
+    } else if start.seq > last {
+        format!("the last change is {last}, and {} was asked for", start.seq)
+    } else {
+        return None;
+    };
+    Some(SnapshotRequired { reason, ..birth })
+}
+
+/// One step along `changes`: what is to be shipped, and how far that reaches.
+pub struct Page {
+    /// In the order of their changes.
+    pub records: Vec<Shipped>,
+    /// Everything up to here is shipped or skipped.
+    pub seq: u64,
+}
+
+/// Reads on from `seq`. Blocks.
+///
+/// A line is skipped when it came from the follower in its present life, when
+/// its row has moved on (a later line carries it), or when the follower does
+/// not want the key.
+pub fn page(
+    engine: &engine::Engine,
+    topology: &Topology,
+    (source, follower): (u64, u64),
+    follower_origin: u64,
+    seq: u64,
+    last_seq: u64,
+) -> Result<Page, engine::Error> {
+    let mut page = Page { records: Vec::new(), seq };
+    let mut bytes = 0;
+    let lines = engine.changes(seq, LINES)?;
+    let all = lines.len() < LINES;
+    for line in lines {
+        if bytes >= MESSAGE_BYTES {
+            return Ok(page);
+        }
+        page.seq = line.seq;
+        if line.from == follower_origin {
+            continue;
+        }
+        let Some(row) = engine.row(&line.key)? else { continue };
+        if row.seq != line.seq {
+            continue;
+        }
+        let Ok(seen) = glance(&row.record) else { continue };
+        if !topology.ships(source, follower, seen.partition_hash) {
+            continue;
+        }
+        bytes += line.key.len() + row.record.len();
+        page.records.extend(shipped(line.key, row.record));
+    }
+    if all {
+        // Seqs may have gaps (ceilings, trimmed lines): the end is the end.
+        page.seq = page.seq.max(last_seq);
+    }
+    Ok(page)
+}
+
+/// A record as it travels: whole, or in parts whose join it is.
+pub fn shipped(key: Bytes, encoded: Bytes) -> Vec<Shipped> {
+    if encoded.len() <= PART_BYTES {
+        return vec![Shipped { key, record: encoded }];
+    }
+    match Record::decode(encoded.clone()) {
+        Ok(record) => record
+            .parts(PART_BYTES)
+            .into_iter()
+            .map(|part| Shipped { key: key.clone(), record: part.encoded().into() })
+            .collect(),
+        Err(_) => vec![Shipped { key, record: encoded }],
+    }
+}
+
+/// Splits a page so that no message outgrows its limit; at least one, possibly empty.
+fn in_messages(records: Vec<Shipped>) -> Vec<Vec<Shipped>> {
+    let mut messages = vec![Vec::new()];
+    let mut bytes = 0;
+    for record in records {
+        let size = record.key.len() + record.record.len();
+        if bytes > 0 && bytes + size > PART_BYTES {
+            messages.push(Vec::new());
+            bytes = 0;
+        }
+        bytes += size;
+        if let Some(last) = messages.last_mut() {
+            last.push(record);
+        }
+    }
+    messages
+}
+
+/// The source's side of one `Follow` stream; ends when the follower goes or is no longer a follower.
+pub async fn serve(
+    keyspace: Arc<Keyspace>,
+    replica: Arc<Replica>,
+    start: FollowStart,
+    mut requests: Streaming<FollowRequest>,
+    out: mpsc::Sender<Result<FollowResponse, Status>>,
+) {
+    let follower = start.follower;
+    let confirms = replica.clone();
+    let listen = async move {
+        while let Some(Ok(request)) = requests.next().await {
+            if let Some(follow_request::Message::Confirmed(seq)) = request.message {
+                confirms.progress.confirm(follower, seq);
+            }
+        }
+    };
+    tokio::select! {
+        () = listen => {}
+        () = send(&keyspace, &replica, &start, &out) => {}
+        () = out.closed() => {}
+    }
+}
+
+async fn send(
+    keyspace: &Keyspace,
+    replica: &Arc<Replica>,
+    start: &FollowStart,
+    out: &mpsc::Sender<Result<FollowResponse, Status>>,
+) {
+    let respond = |message, topology| FollowResponse { message: Some(message), topology };
+    let mut updates = keyspace.updates();
+    let mut writes = replica.progress.writes();
+    let (mut seq, mut version) = (start.seq, start.version);
+    let mut told = 0;
+    loop {
+        let last_seq = *writes.borrow_and_update();
+        let update = updates.borrow_and_update().clone();
+        let Some(topology) = update.topology.clone() else { return };
+        if !topology.sources(start.follower).iter().any(|p| p.assignment.replica == replica.id) {
+            let why = format!(
+                "replica {:016x} does not follow this one by topology version {}",
+                start.follower, topology.version
+            );
+            let _ = out.send(Ok(respond(follow_response::Message::NotReady(why), None))).await;
+            return;
+        }
+        let newer = (topology.version > version).then(|| {
+            version = topology.version;
+            (*update).clone()
+        });
+        if let Some(required) = required(replica, &FollowStart { seq, ..start.clone() }) {
+            let message = follow_response::Message::SnapshotRequired(required);
+            let _ = out.send(Ok(respond(message, newer))).await;
+            return;
+        }
+        let (engine, ids, origin) = (replica.engine.clone(), (replica.id, start.follower), start.origin);
+        let read = tokio::task::spawn_blocking(move || page(&engine, &topology, ids, origin, seq, last_seq)).await;
+        let page = match read {
+            Ok(Ok(page)) => page,
+            Ok(Err(error)) => {
+                tracing::error!(replica = replica.id, %error, "changes can't be read");
+                replica.progress.poison(error.to_string());
+                return;
+            }
+            Err(_) => return,
+        };
+        // Lines may have been trimmed while they were read.
+        if replica.progress.trimmed() > seq && page.seq > seq {
+            continue;
+        }
+        let news = page.seq != seq || newer.is_some() || told != last_seq;
+        let at_end = page.seq >= last_seq;
+        let before = std::mem::replace(&mut seq, page.seq);
+        told = last_seq;
+        if news {
+            let mut newer = newer;
+            let mut messages = in_messages(page.records).into_iter().peekable();
+            while let Some(records) = messages.next() {
+                let batch = FollowBatch {
+                    records,
+                    // The position moves only once all of the page has come.
+                    seq: if messages.peek().is_none() { seq } else { before },
+                    last_seq: last_seq.max(seq),
+                    clock: replica.progress.clock(),
+                    origin: replica.origin,
+                };
+                if out.send(Ok(respond(follow_response::Message::Batch(batch), newer.take()))).await.is_err() {
+                    return;
+                }
+            }
+        }
+        if at_end {
+            tokio::select! {
+                changed = writes.changed() => if changed.is_err() { return },
+                changed = updates.changed() => if changed.is_err() { return },
+                () = tokio::time::sleep(HEARTBEAT) => told = 0,
+            }
+        }
+    }
+}
+
+/// Follows one source for as long as it is one; the caller cancels by dropping.
+pub async fn follow(keyspace: Arc<Keyspace>, replica: Arc<Replica>, source: u64, store: String) {
+    let mut wait = Duration::from_millis(20);
+    loop {
+        match once(&keyspace, &replica, source, &store).await {
+            Ok(()) => wait = Duration::from_millis(20),
+            Err(error) => {
+                tracing::debug!(replica = replica.id, source, store, %error, "follow again");
+                wait = (wait * 2).min(Duration::from_secs(1));
+            }
+        }
+        tokio::time::sleep(keyspace.env().jitter(wait)).await;
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+enum Broken {
+    #[error("no address of {0} is known")]
+    NoAddress(String),
+    #[error(transparent)]
+    Connect(#[from] tonic::transport::Error),
+    #[error(transparent)]
+    Status(#[from] Status),
+    #[error("not ready: {0}")]
+    NotReady(String),
+    #[error("silent for {SILENCE:?}")]
+    Silent,
+    #[error("can't apply: {0}")]
+    Apply(String),
+    #[error("snapshot: {0}")]
+    Snapshot(#[from] snapshot::Error),
+}
+
+async fn once(keyspace: &Arc<Keyspace>, replica: &Arc<Replica>, source: u64, store: &str) -> Result<(), Broken> {
+    let address = keyspace.address(store).ok_or_else(|| Broken::NoAddress(store.to_owned()))?;
+    let channel = keyspace.env().dial(&address)?;
+    let mut client = PeerClient::new(channel)
+        .max_decoding_message_size(crate::MESSAGE_LIMIT)
+        .max_encoding_message_size(crate::MESSAGE_LIMIT);
+    let position = replica.progress.position(source).unwrap_or_default();
+    let (requests, stream) = mpsc::channel(16);
+    let start = FollowStart {
+        keyspace: keyspace.uid().to_owned(),
+        source,
+        follower: replica.id,
+        epoch: position.epoch,
+        seq: position.seq,
+        version: keyspace.version(),
+        origin: replica.origin,
+    };
+    let _ = requests.send(FollowRequest { message: Some(follow_request::Message::Start(start)) }).await;
+    let mut responses = client.follow(ReceiverStream::new(stream)).await?.into_inner();
+    let mut synced = replica.progress.synced();
+    let mut confirmed = 0;
+    let epoch = position.epoch;
+    loop {
+        if let Some(position) = replica.progress.synced_position(source)
+            && position.seq != confirmed
+            && position.epoch == epoch
+        {
+            confirmed = position.seq;
+            let message = follow_request::Message::Confirmed(confirmed);
+            let _ = requests.try_send(FollowRequest { message: Some(message) });
+        }
+        let response = tokio::select! {
+            response = tokio::time::timeout(SILENCE, responses.next()) => response.map_err(|_| Broken::Silent)?,
+            changed = synced.changed() => {
+                if changed.is_err() { return Ok(()); }
+                continue;
+            }
+        };
+        let Some(response) = response else { return Ok(()) };
+        let response = response?;
+        if let Some(update) = response.topology {
+            keyspace.install(update).await;
+        }
+        match response.message {
+            None => {}
+            Some(follow_response::Message::NotReady(why)) => return Err(Broken::NotReady(why)),
+            Some(follow_response::Message::SnapshotRequired(required)) => {
+                return catch_up(keyspace, replica, source, store, required).await;
+            }
+            Some(follow_response::Message::Batch(batch)) => {
+                let before = replica.progress.position(source).map_or(0, |p| p.seq);
+                let (seq, last) = (batch.seq, batch.last_seq);
+                if seq != before || !batch.records.is_empty() {
+                    apply(replica, source, epoch, batch).await?;
+                }
+                replica.progress.update_source(source, |s| {
+                    s.lag = last.saturating_sub(seq);
+                    s.epoch = epoch;
+                });
+            }
+        }
+    }
+}
+
+async fn apply(replica: &Replica, source: u64, epoch: u64, batch: FollowBatch) -> Result<(), Broken> {
+    let mut records = Vec::with_capacity(batch.records.len());
+    for shipped in batch.records {
+        let record = Record::decode(shipped.record).map_err(|e| Broken::Apply(e.to_string()))?;
+        records.push((shipped.key, record));
+    }
+    let batch = PeerBatch {
+        from: batch.origin,
+        records,
+        positions: vec![Position { replica: source, epoch, seq: batch.seq }],
+        clock: batch.clock,
+    };
+    replica.apply(batch).await.map_err(|refused| Broken::Apply(refused.message))
+}
+
+/// What to do when the source can't go on from this replica's position.
+///
+/// All that the source held at its birth came from certain positions of other
+/// replicas. A follower that has passed each of them holds all of that, so it
+/// begins at the birth; it waits a while to get there before it copies anything.
+async fn catch_up(
+    keyspace: &Arc<Keyspace>,
+    replica: &Arc<Replica>,
+    source: u64,
+    store: &str,
+    required: SnapshotRequired,
+) -> Result<(), Broken> {
+    let begin = |seq| PeerBatch {
+        positions: vec![Position { replica: source, epoch: required.epoch, seq }],
+        ..PeerBatch::default()
+    };
+    let known = replica.progress.position(source).is_some_and(|p| p.epoch == required.epoch);
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(10);
+    while !known {
+        if covers(replica, &required) {
+            return replica.apply(begin(required.birth_seq)).await.map_err(|r| Broken::Apply(r.message));
+        }
+        let following = keyspace.topology();
+        let reachable = required.births.iter().all(|b| {
+            b.replica == replica.id
+                || following.sources(replica.id).iter().any(|p| p.assignment.replica == b.replica)
+        });
+        if !reachable || tokio::time::Instant::now() >= deadline {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    // One at a time: the first copy from a shard brings its positions in the
+    // shard's other replicas, so that the next needs none.
+    let _turn = replica.snapshot_turn.lock().await;
+    if replica.progress.position(source).is_some_and(|p| p.epoch == required.epoch) && !known {
+        return Ok(());
+    }
+    tracing::info!(replica = replica.id, source, store, reason = required.reason, "copying what was missed");
+    snapshot::join_from(keyspace, replica, source, store).await?;
+    Ok(())
+}
+
+/// Whether this replica has passed every position that the source was born from.
+fn covers(replica: &Replica, required: &SnapshotRequired) -> bool {
+    required.births.iter().all(|birth| {
+        birth.replica == replica.id
+            || replica
+                .progress
+                .position(birth.replica)
+                .is_some_and(|p| p.epoch == birth.epoch && p.seq >= birth.seq)
+    })
+}

@@ -1,0 +1,690 @@
+//! One keyspace on this store: its topology, and the replicas that it makes,
+//! opens, feeds, fences, cleans and drops because the topology says so.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, RwLock};
+use std::time::Duration;
+
+use prost::Message;
+use serde::Deserialize;
+use tokio::sync::{Mutex, watch};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use vasto_client::env::Env;
+use vasto_client::topology::Place;
+use vasto_client::v1::{KeyspaceReport, KeyspaceUpdate, Phase, ReplicaReport, SourceReport, Topology, View};
+
+use crate::build::Building;
+use crate::collect::Collector;
+use crate::dir::{Dir, write_durably};
+use crate::merge::Limits;
+use crate::replica::{Context, Replica, Settings, SourceProgress};
+use crate::{clean, follow};
+
+/// Why a keyspace's folder can't be used.
+#[derive(Debug, thiserror::Error)]
+#[error("{path}: {why}")]
+pub struct Error {
+    path: PathBuf,
+    why: String,
+}
+
+/// The parts of a Keyspace's spec that bind a store, as the topology carries it (JSON).
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+struct Spec {
+    durability: Option<String>,
+    collection_grace: Option<String>,
+    max_clock_skew: Option<String>,
+}
+
+/// A replica in one of its two states.
+#[derive(Clone)]
+pub enum Slot {
+    /// A candidate being built.
+    Building(Arc<Building>),
+    /// Born and open.
+    Open(Arc<Replica>),
+    /// It can't be opened; a person or the operator must act.
+    Broken {
+        /// Its shard.
+        shard: u32,
+        /// Why.
+        fault: String,
+    },
+}
+
+struct Member {
+    slot: Slot,
+    /// Ends the tasks that build or feed it.
+    stop: CancellationToken,
+    tasks: TaskTracker,
+    /// A candidate made in this life for the change under way, which no view names yet.
+    unnamed: bool,
+    /// The change whose clean-up was last begun in this life.
+    cleaning: AtomicU64,
+}
+
+/// One keyspace on this store.
+pub struct Keyspace {
+    uid: String,
+    store: String,
+    dir: Arc<Dir>,
+    context: Context,
+    update: watch::Sender<Arc<KeyspaceUpdate>>,
+    /// Persisted, and known to every writer.
+    installed: AtomicU64,
+    installing: Mutex<()>,
+    members: RwLock<BTreeMap<u64, Member>>,
+    /// Whether the operator (or a majority of peers) has said what is current since this process started.
+    confirmed: AtomicBool,
+    stop: CancellationToken,
+    gone: AtomicBool,
+}
+
+impl Keyspace {
+    /// A keyspace of which this store hears for the first time.
+    pub fn create(store: &str, dir: Arc<Dir>, context: Context, uid: &str) -> Arc<Self> {
+        Arc::new(Self {
+            uid: uid.to_owned(),
+            store: store.to_owned(),
+            dir,
+            context,
+            update: watch::Sender::new(Arc::default()),
+            installed: AtomicU64::new(0),
+            installing: Mutex::new(()),
+            members: RwLock::default(),
+            // It has accepted nothing under any older version.
+            confirmed: AtomicBool::new(true),
+            stop: CancellationToken::new(),
+            gone: AtomicBool::new(false),
+        })
+    }
+
+    /// A keyspace as this store left it: the topology that it had persisted, and its replicas.
+    pub fn open(store: &str, dir: Arc<Dir>, context: Context, uid: &str) -> Result<Arc<Self>, Error> {
+        let keyspace = Self::create(store, dir, context, uid);
+        keyspace.confirmed.store(false, Ordering::Release);
+        let path = keyspace.file();
+        let fail = |why: String| Error { path: path.clone(), why };
+        match std::fs::read(&path) {
+            Ok(bytes) => {
+                let update = KeyspaceUpdate::decode(bytes.as_slice()).map_err(|e| fail(format!("not a topology: {e}")))?;
+                keyspace.installed.store(version_of(&update), Ordering::Release);
+                keyspace.update.send_replace(Arc::new(update));
+            }
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+            Err(e) => return Err(fail(e.to_string())),
+        }
+        let replicas = keyspace.dir.keyspace(uid).join("replicas");
+        let entries = match std::fs::read_dir(&replicas) {
+            Ok(entries) => entries,
+            Err(_) => return Ok(keyspace),
+        };
+        for entry in entries.flatten() {
+            let dir = entry.path();
+            match Replica::name(&dir) {
+                Ok((id, shard)) => keyspace.take_up(id, shard, dir),
+                // Its making or its dropping was cut short: nothing in it was ever used, or is any longer.
+                Err(error) => {
+                    tracing::info!(%error, "removing a replica's folder without a name");
+                    let _ = std::fs::remove_dir_all(&dir);
+                }
+            }
+        }
+        Ok(keyspace)
+    }
+
+    fn file(&self) -> PathBuf {
+        self.dir.keyspace(&self.uid).join("topology.pb")
+    }
+
+    /// The keyspace's uid.
+    pub fn uid(&self) -> &str {
+        &self.uid
+    }
+    /// Time, randomness, network.
+    pub fn env(&self) -> &Env {
+        &self.context.env
+    }
+    /// The newest topology known, with addresses.
+    pub fn updates(&self) -> watch::Receiver<Arc<KeyspaceUpdate>> {
+        self.update.subscribe()
+    }
+    /// The newest update.
+    pub fn update(&self) -> Arc<KeyspaceUpdate> {
+        self.update.borrow().clone()
+    }
+    /// The newest topology.
+    pub fn topology(&self) -> Arc<Topology> {
+        Arc::new(self.update.borrow().topology.clone().unwrap_or_default())
+    }
+    /// Runs `read` on the newest topology, without copying it.
+    pub fn with_topology<T>(&self, read: impl FnOnce(&Topology) -> T) -> Option<T> {
+        self.update.borrow().topology.as_ref().map(read)
+    }
+    /// Its version.
+    pub fn version(&self) -> u64 {
+        version_of(&self.update.borrow())
+    }
+    /// Where a store was last heard of.
+    pub fn address(&self, store: &str) -> Option<String> {
+        self.update.borrow().addresses.iter().find(|a| a.store == store).map(|a| a.address.clone())
+    }
+    /// Whether writes may be taken: since this process started, somebody who knows has said what is current.
+    pub fn is_confirmed(&self) -> bool {
+        self.confirmed.load(Ordering::Acquire)
+    }
+    /// Somebody who knows has said that nothing newer than `version` is committed.
+    pub fn confirm(&self, version: u64) {
+        if version >= self.version() {
+            self.confirmed.store(true, Ordering::Release);
+        }
+    }
+    /// Deleted, files and all.
+    pub fn is_gone(&self) -> bool {
+        self.gone.load(Ordering::Acquire)
+    }
+
+    fn members(&self) -> std::sync::RwLockReadGuard<'_, BTreeMap<u64, Member>> {
+        self.members.read().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+    fn members_mut(&self) -> std::sync::RwLockWriteGuard<'_, BTreeMap<u64, Member>> {
+        self.members.write().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// The open replica with this id.
+    pub fn replica(&self, id: u64) -> Option<Arc<Replica>> {
+        match self.members().get(&id).map(|m| &m.slot) {
+            Some(Slot::Open(replica)) => Some(replica.clone()),
+            _ => None,
+        }
+    }
+
+    /// All open replicas.
+    pub fn replicas(&self) -> Vec<Arc<Replica>> {
+        self.members()
+            .values()
+            .filter_map(|m| match &m.slot {
+                Slot::Open(replica) => Some(replica.clone()),
+                _ => None,
+            })
+            .collect()
+    }
+
+    /// The replica here that reads and writes of a key with this hash go to.
+    pub fn route(&self, partition_hash: u64) -> Option<Arc<Replica>> {
+        let update = self.update.borrow();
+        let topology = update.topology.as_ref()?;
+        let members = self.members();
+        let views = [
+            topology.current.as_ref(),
+            topology.previous.as_ref().filter(|_| topology.phase() == Phase::Switch),
+        ];
+        for view in views.into_iter().flatten() {
+            let shard = vasto_client::hash::jump_hash(partition_hash, view.size());
+            let Some(shard) = view.shards.get(shard as usize).filter(|_| topology.phase() != Phase::Deleting) else {
+                continue;
+            };
+            for assignment in shard.replicas.iter().filter(|a| a.store == self.store) {
+                if let Some(Slot::Open(replica)) = members.get(&assignment.replica).map(|m| &m.slot) {
+                    return Some(replica.clone());
+                }
+            }
+        }
+        None
+    }
+
+    /// The replica here that serves this shard in a readable view of that size.
+    pub fn reader(&self, shard: u32, shards: u32) -> Option<Arc<Replica>> {
+        let update = self.update.borrow();
+        let topology = update.topology.as_ref()?;
+        readable(topology)
+            .filter(|v| v.size() == shards)
+            .flat_map(View::places)
+            .filter(|p| p.shard == shard && p.assignment.store == self.store)
+            .find_map(|p| self.replica(p.assignment.replica))
+    }
+
+    fn settings(&self, topology: &Topology) -> Settings {
+        let spec: Spec = serde_json::from_str(&topology.spec).unwrap_or_default();
+        let ms = |text: &Option<String>, default: u64| text.as_deref().and_then(duration_ms).unwrap_or(default);
+        let grace_ms = ms(&spec.collection_grace, 24 * 3_600_000);
+        Settings {
+            synced: spec.durability.as_deref() == Some("Synced"),
+            limits: Limits {
+                max_clock_skew_ms: ms(&spec.max_clock_skew, 10_000),
+                grace_ms,
+                ..Limits::default()
+            },
+            grace_ms,
+        }
+    }
+
+    /// Takes in an update: persists it, lets every writer know (fenced, if it asks
+    /// for that), then acts on it. Older versions are refused, so that a deposed
+    /// leader does no harm; the same version may bring new addresses.
+    pub async fn install(self: &Arc<Self>, update: KeyspaceUpdate) {
+        let _turn = self.installing.lock().await;
+        let Some(topology) = update.topology.clone() else { return };
+        let known = self.update();
+        if topology.uid != self.uid || topology.version < version_of(&known) {
+            return;
+        }
+        if topology.version == version_of(&known) && update.addresses == known.addresses {
+            return;
+        }
+        let path = self.file();
+        let encoded = update.encode_to_vec();
+        let persisted = tokio::task::spawn_blocking(move || {
+            if let Some(folder) = path.parent() {
+                std::fs::create_dir_all(folder)?;
+            }
+            write_durably(&path, &encoded)
+        })
+        .await;
+        match persisted {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => {
+                tracing::error!(keyspace = self.uid, %error, "a topology can't be persisted; it is not acted on");
+                return;
+            }
+            Err(_) => return,
+        }
+        let changed = topology.version != version_of(&known);
+        let topology = Arc::new(topology);
+        self.update.send_replace(Arc::new(update));
+        if changed {
+            tracing::debug!(keyspace = self.uid, version = topology.version, phase = topology.phase().as_str_name(), "topology");
+            let settings = self.settings(&topology);
+            for replica in self.replicas() {
+                replica.set_settings(settings.clone());
+                replica.install(topology.clone()).await;
+            }
+            self.reconcile(&topology).await;
+            self.installed.store(topology.version, Ordering::Release);
+        }
+        self.context.changed.notify_one();
+    }
+
+    /// Makes, drops and cleans what the topology asks for. Level-triggered: safe to repeat.
+    async fn reconcile(self: &Arc<Self>, topology: &Arc<Topology>) {
+        if topology.phase() == Phase::Deleting {
+            let all: Vec<u64> = self.members().keys().copied().collect();
+            for id in all {
+                self.remove(id, topology.retain).await;
+            }
+            self.delete_folder(topology.retain);
+            return;
+        }
+        let named: HashSet<u64> =
+            topology.views().flat_map(View::places).map(|p| p.assignment.replica).filter(|id| *id != 0).collect();
+        for drop in topology.drops.iter().filter(|d| d.store == self.store && !named.contains(&d.replica)) {
+            self.remove(drop.replica, false).await;
+        }
+        for member in self.members_mut().iter_mut().filter(|(id, _)| named.contains(id) || topology.next.is_none()) {
+            member.1.unnamed = false;
+        }
+        let wanted: Vec<u32> = topology
+            .next
+            .iter()
+            .flat_map(View::places)
+            .filter(|p| p.assignment.store == self.store && p.assignment.replica == 0)
+            .map(|p| p.shard)
+            .collect();
+        for shard in wanted {
+            let made = self.members().values().any(|m| m.unnamed && m.shard() == shard);
+            if !made {
+                self.make(shard);
+            }
+        }
+        for id in &topology.clean {
+            if let Some(replica) = self.replica(*id).filter(|r| r.progress.cleaned() != topology.switch_version) {
+                self.with_member(*id, |m| {
+                    if m.cleaning.swap(topology.switch_version, Ordering::AcqRel) == topology.switch_version {
+                        return;
+                    }
+                    let (keyspace, topology) = (self.clone(), topology.clone());
+                    m.spawn(async move { clean::run(&keyspace, &replica, &topology).await });
+                });
+            }
+        }
+    }
+
+    /// Goes on, after a start, with what the persisted topology asks for.
+    pub async fn resume(self: &Arc<Self>) {
+        let _turn = self.installing.lock().await;
+        let topology = self.topology();
+        if topology.version == 0 {
+            return;
+        }
+        for replica in self.replicas() {
+            replica.install(topology.clone()).await;
+        }
+        self.reconcile(&topology).await;
+    }
+
+    fn with_member(&self, id: u64, act: impl FnOnce(&Member)) {
+        if let Some(member) = self.members().get(&id) {
+            act(member);
+        }
+    }
+
+    /// Makes a candidate for a shard.
+    fn make(self: &Arc<Self>, shard: u32) {
+        let id = self.env().random_id();
+        let dir = self.dir.replica(&self.uid, id);
+        if let Err(error) = Replica::create(&dir, id, shard) {
+            tracing::error!(keyspace = self.uid, shard, %error, "a candidate can't be made");
+            return;
+        }
+        self.take_up(id, shard, dir);
+        if let Some(member) = self.members_mut().get_mut(&id) {
+            member.unnamed = true;
+        }
+        tracing::info!(keyspace = self.uid, shard, replica = format!("{id:016x}"), "a candidate");
+    }
+
+    /// Opens the replica in a folder, or builds it if it isn't born.
+    fn take_up(self: &Arc<Self>, id: u64, shard: u32, dir: PathBuf) {
+        let slot = match self.open_replica(&dir) {
+            Ok(Some(replica)) => Slot::Open(replica),
+            Ok(None) => Slot::Building(Arc::new(Building::new(id, shard, dir))),
+            Err(error) => {
+                tracing::error!(keyspace = self.uid, shard, replica = format!("{id:016x}"), %error, "a replica can't be opened");
+                Slot::Broken { shard, fault: error.to_string() }
+            }
+        };
+        let member = Member { slot: slot.clone(), stop: self.stop.child_token(), tasks: TaskTracker::new(), unnamed: false, cleaning: AtomicU64::new(0) };
+        match slot {
+            Slot::Open(replica) => self.feed(&member, replica),
+            Slot::Building(building) => {
+                let keyspace = self.clone();
+                member.spawn(async move { keyspace.build(building).await });
+            }
+            Slot::Broken { .. } => {}
+        }
+        self.members_mut().insert(id, member);
+        self.context.changed.notify_one();
+    }
+
+    fn open_replica(&self, dir: &std::path::Path) -> Result<Option<Arc<Replica>>, crate::replica::Error> {
+        if !dir.join("db").join("CURRENT").exists() {
+            return Ok(None);
+        }
+        let topology = self.topology();
+        match Replica::open(dir, topology.clone(), self.settings(&topology), &self.context) {
+            Ok(replica) => Ok(Some(replica)),
+            Err(crate::replica::Error::NotBorn(_)) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn build(self: Arc<Self>, building: Arc<Building>) {
+        if !building.run(&self, &self.context.shared).await {
+            return;
+        }
+        let (keyspace, dir) = (self.clone(), building.dir.clone());
+        let opened = tokio::task::spawn_blocking(move || keyspace.open_replica(&dir)).await;
+        // A topology may come in between opening and inserting: with its turn taken, none does.
+        let _turn = self.installing.lock().await;
+        let slot = match opened {
+            Ok(Ok(Some(replica))) => {
+                replica.install(self.topology()).await;
+                Slot::Open(replica)
+            }
+            Ok(Ok(None)) => Slot::Broken { shard: building.shard, fault: "built, but not born".into() },
+            Ok(Err(error)) => Slot::Broken { shard: building.shard, fault: error.to_string() },
+            Err(_) => return,
+        };
+        let mut members = self.members_mut();
+        if let Some(member) = members.get_mut(&building.id).filter(|m| !m.stop.is_cancelled()) {
+            member.slot = slot.clone();
+            if let Slot::Open(replica) = slot {
+                tracing::info!(keyspace = self.uid, shard = building.shard, replica = format!("{:016x}", building.id), "born");
+                self.feed(member, replica);
+            }
+        }
+        self.context.changed.notify_one();
+    }
+
+    /// Starts what keeps an open replica alive: following, syncing, collecting.
+    fn feed(self: &Arc<Self>, member: &Member, replica: Arc<Replica>) {
+        let (keyspace, follower) = (self.clone(), replica.clone());
+        member.spawn(async move {
+            let mut updates = keyspace.updates();
+            let mut following: HashMap<(u64, String), tokio_util::task::AbortOnDropHandle<()>> = HashMap::new();
+            loop {
+                let topology = keyspace.topology();
+                updates.mark_unchanged();
+                let wanted: HashSet<(u64, String)> = topology
+                    .sources(follower.id)
+                    .iter()
+                    .map(|p| (p.assignment.replica, p.assignment.store.clone()))
+                    .collect();
+                following.retain(|source, _| wanted.contains(source));
+                for (source, store) in wanted {
+                    following.entry((source, store.clone())).or_insert_with(|| {
+                        let task = follow::follow(keyspace.clone(), follower.clone(), source, store);
+                        tokio_util::task::AbortOnDropHandle::new(tokio::spawn(task))
+                    });
+                }
+                if keyspace.version() != topology.version {
+                    continue;
+                }
+                if updates.changed().await.is_err() {
+                    return;
+                }
+            }
+        });
+        let keyspace = self.clone();
+        member.spawn(async move {
+            let mut collector = Collector::default();
+            loop {
+                let changing = keyspace.with_topology(|t| t.phase() != Phase::Stable).unwrap_or(true);
+                // In a change, others wait for what is confirmed as synced.
+                tokio::time::sleep(Duration::from_millis(if changing { 50 } else { 1_000 })).await;
+                let synced = replica.clone();
+                let _ = tokio::task::spawn_blocking(move || synced.sync()).await;
+                collector.step(&keyspace, &replica).await;
+            }
+        });
+    }
+
+    /// Stops a replica and deletes (or keeps, unserved) its files.
+    async fn remove(&self, id: u64, retain: bool) {
+        let Some(member) = self.members_mut().remove(&id) else { return };
+        tracing::info!(keyspace = self.uid, replica = format!("{id:016x}"), retain, "dropping a replica");
+        member.end().await;
+        let dir = self.dir.replica(&self.uid, id);
+        if !retain {
+            // Its name first: a folder without one is removed at the next start.
+            let _ = std::fs::remove_file(dir.join("replica.json"));
+            let _ = tokio::task::spawn_blocking(move || std::fs::remove_dir_all(dir)).await;
+        }
+        self.context.changed.notify_one();
+    }
+
+    fn delete_folder(&self, retain: bool) {
+        let folder = self.dir.keyspace(&self.uid);
+        let done = if retain {
+            std::fs::rename(&folder, folder.with_extension("retained"))
+        } else {
+            std::fs::remove_dir_all(&folder)
+        };
+        if let Err(error) = done {
+            tracing::warn!(keyspace = self.uid, %error, "the keyspace's folder is left");
+        }
+        self.gone.store(true, Ordering::Release);
+        self.context.changed.notify_one();
+    }
+
+    /// Stops everything cleanly.
+    pub async fn stop(&self) {
+        self.stop.cancel();
+        let members = std::mem::take(&mut *self.members_mut());
+        for (_, member) in members {
+            member.end().await;
+        }
+    }
+
+    /// The state of all replicas here.
+    pub fn report(&self) -> KeyspaceReport {
+        let topology = self.topology();
+        let members = self.members();
+        let replicas = members
+            .iter()
+            .map(|(id, member)| match &member.slot {
+                Slot::Open(replica) => report_open(&topology, replica),
+                Slot::Building(building) => ReplicaReport {
+                    id: *id,
+                    shard: building.shard,
+                    candidate: true,
+                    sources: building.sources().into_iter().map(|(id, s)| source(id, s, None)).collect(),
+                    ..ReplicaReport::default()
+                },
+                Slot::Broken { shard, fault } => {
+                    ReplicaReport { id: *id, shard: *shard, fault: fault.clone(), ..ReplicaReport::default() }
+                }
+            })
+            .collect();
+        KeyspaceReport {
+            uid: self.uid.clone(),
+            version: self.installed.load(Ordering::Acquire),
+            topology: Some((*topology).clone()),
+            replicas,
+        }
+    }
+}
+
+impl Member {
+    fn shard(&self) -> u32 {
+        match &self.slot {
+            Slot::Open(replica) => replica.shard,
+            Slot::Building(building) => building.shard,
+            Slot::Broken { shard, .. } => *shard,
+        }
+    }
+
+    fn spawn(&self, work: impl Future<Output = ()> + Send + 'static) {
+        let stop = self.stop.clone();
+        self.tasks.spawn(async move {
+            tokio::select! {
+                () = stop.cancelled() => {}
+                () = work => {}
+            }
+        });
+    }
+
+    async fn end(self) {
+        self.stop.cancel();
+        self.tasks.close();
+        self.tasks.wait().await;
+        if let Slot::Open(replica) = &self.slot {
+            replica.stop().await;
+            let engine = replica.engine.clone();
+            let _ = tokio::task::spawn_blocking(move || engine.cancel()).await;
+        }
+    }
+}
+
+/// The views that clients may read by.
+pub fn readable(topology: &Topology) -> impl Iterator<Item = &View> {
+    let previous = topology.previous.as_ref().filter(|_| topology.phase() == Phase::Switch);
+    topology.current.as_ref().filter(|_| topology.phase() != Phase::Deleting).into_iter().chain(previous)
+}
+
+fn source(replica: u64, s: SourceProgress, confirmed: Option<vasto_client::v1::Position>) -> SourceReport {
+    SourceReport {
+        replica,
+        epoch: confirmed.map_or(s.epoch, |p| p.epoch),
+        confirmed: confirmed.map_or(0, |p| p.seq),
+        lag: s.lag,
+        records: s.records,
+        bytes: s.bytes,
+        records_total: s.records_total,
+    }
+}
+
+fn report_open(topology: &Topology, replica: &Replica) -> ReplicaReport {
+    let progress = &replica.progress;
+    let fence = progress.fence();
+    let (records, bytes) = replica.engine.estimate();
+    let mut known = progress.sources();
+    let sources = topology
+        .sources(replica.id)
+        .iter()
+        .map(|p: &Place<'_>| {
+            let id = p.assignment.replica;
+            let seen = known.remove(&id).unwrap_or_default();
+            let confirmed = progress.synced_position(id);
+            // A lag heard in another epoch says nothing of this one.
+            let seen = match confirmed {
+                Some(position) if position.epoch != seen.epoch => SourceProgress { lag: u64::MAX, ..seen },
+                None => SourceProgress { lag: u64::MAX, ..seen },
+                _ => seen,
+            };
+            source(id, seen, confirmed)
+        })
+        .collect();
+    ReplicaReport {
+        id: replica.id,
+        shard: replica.shard,
+        born: true,
+        epoch: progress.birth().epoch,
+        last_seq: progress.last_seq(),
+        fence_version: fence.version,
+        fence_seq: fence.seq,
+        cleaned_version: progress.cleaned(),
+        sources,
+        records,
+        bytes,
+        fault: progress.fault().unwrap_or_default().to_owned(),
+        todo_records: progress.todo(),
+        full: progress.full.load(Ordering::Relaxed),
+        candidate: !progress.served(),
+    }
+}
+
+fn version_of(update: &KeyspaceUpdate) -> u64 {
+    update.topology.as_ref().map_or(0, |t| t.version)
+}
+
+/// A duration such as `250ms`, `10s` or `1h30m`, in ms.
+fn duration_ms(text: &str) -> Option<u64> {
+    let mut total = 0u64;
+    let mut rest = text;
+    while !rest.is_empty() {
+        let digits = rest.find(|c: char| !c.is_ascii_digit())?;
+        let number: u64 = rest[..digits].parse().ok()?;
+        rest = &rest[digits..];
+        let unit = rest.find(|c: char| c.is_ascii_digit()).unwrap_or(rest.len());
+        let ms = match &rest[..unit] {
+            "ms" => 1,
+            "s" => 1_000,
+            "m" => 60_000,
+            "h" => 3_600_000,
+            "d" => 86_400_000,
+            _ => return None,
+        };
+        total = total.checked_add(number.checked_mul(ms)?)?;
+        rest = &rest[unit..];
+    }
+    Some(total)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_read_as_the_spec_writes_them() {
+        assert_eq!(duration_ms("1h30m"), Some(5_400_000));
+        assert_eq!(duration_ms("250ms"), Some(250));
+        assert_eq!(duration_ms("10d"), Some(864_000_000));
+        assert_eq!(duration_ms("10"), None);
+        assert_eq!(duration_ms("x"), None);
+    }
+}

@@ -1,0 +1,133 @@
+//! A Vasto store: a process that hosts replicas, each one RocksDB with one
+//! writer, that follow one another and do what the topology says.
+//! It meets the operator and its peers only through the wire in `client/proto`.
+
+pub mod clock;
+pub mod dir;
+pub mod join;
+pub mod merge;
+pub mod record;
+
+mod build;
+mod clean;
+mod collect;
+mod engine;
+mod follow;
+mod host;
+mod keyspace;
+mod meta;
+mod replica;
+mod report;
+mod server;
+mod snapshot;
+mod writer;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::net::TcpListener;
+use tokio_stream::wrappers::TcpListenerStream;
+use tokio_util::sync::CancellationToken;
+use vasto_client::env::Env;
+use vasto_client::v1::{peer_server::PeerServer, store_server::StoreServer};
+
+/// No message is larger, either way.
+pub(crate) const MESSAGE_LIMIT: usize = 16 << 20;
+
+/// How a store runs.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Its name in topologies, such as `store-0`.
+    pub name: String,
+    /// Its folder; made where it isn't.
+    pub data: PathBuf,
+    /// `host:port` of the operator.
+    pub operator: String,
+    /// `host:port` by which others reach it; the listener's own address where unset.
+    pub advertise: Option<String>,
+    /// Bytes of block cache for all replicas together.
+    pub cache_bytes: usize,
+    /// Bytes of memtables for all replicas together.
+    pub write_buffer_bytes: usize,
+}
+
+impl Options {
+    /// A store of this name in this folder, with a 64 MiB cache and 128 MiB of write buffers.
+    pub fn new(name: impl Into<String>, data: impl Into<PathBuf>, operator: impl Into<String>) -> Self {
+        Self {
+            name: name.into(),
+            data: data.into(),
+            operator: operator.into(),
+            advertise: None,
+            cache_bytes: 64 << 20,
+            write_buffer_bytes: 128 << 20,
+        }
+    }
+}
+
+/// Why a store does not run.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Its folder.
+    #[error(transparent)]
+    Dir(#[from] dir::Error),
+    /// Its listener.
+    #[error("the store can't listen: {0}")]
+    Listen(#[from] std::io::Error),
+    /// Its server.
+    #[error("the store's server failed: {0}")]
+    Serve(#[from] tonic::transport::Error),
+}
+
+/// Runs a store until `stop`, then stops it cleanly.
+///
+/// A folder that is in use, of a newer format, another store's or not writable
+/// is an error before anything is served.
+pub async fn serve(options: Options, env: Env, listener: TcpListener, stop: CancellationToken) -> Result<(), Error> {
+    let dir = dir::Dir::open(&options.data, &options.name)?;
+    let address = match options.advertise {
+        Some(address) => address,
+        None => listener.local_addr()?.to_string(),
+    };
+    let context = replica::Context {
+        shared: engine::Shared::new(options.cache_bytes, options.write_buffer_bytes),
+        env: env.clone(),
+        changed: Arc::new(tokio::sync::Notify::new()),
+    };
+    let host = host::Host::open(&options.name, address.clone(), dir, context);
+    tracing::info!(store = options.name, address, data = %options.data.display(), "serving");
+    host.resume().await;
+
+    let reporting = tokio::spawn(report::run(host.clone(), env.clone(), options.operator, stop.clone()));
+    let learning = tokio_util::task::AbortOnDropHandle::new(tokio::spawn(host.clone().learn_from_peers()));
+    let server = server::Server::new(host.clone(), env);
+    let serving = tonic::transport::Server::builder()
+        .tcp_nodelay(true)
+        .initial_stream_window_size(4 << 20)
+        .initial_connection_window_size(16 << 20)
+        .http2_keepalive_interval(Some(Duration::from_secs(5)))
+        .http2_keepalive_timeout(Some(Duration::from_secs(5)))
+        .add_service(
+            StoreServer::new(server.clone())
+                .max_decoding_message_size(MESSAGE_LIMIT)
+                .max_encoding_message_size(MESSAGE_LIMIT),
+        )
+        .add_service(
+            PeerServer::new(server)
+                .max_decoding_message_size(MESSAGE_LIMIT)
+                .max_encoding_message_size(MESSAGE_LIMIT),
+        )
+        .serve_with_incoming(TcpListenerStream::new(listener));
+    // Streams are endless, so a graceful end would wait for ever: connections are cut.
+    let served = tokio::select! {
+        served = serving => served.map_err(Error::from),
+        () = stop.cancelled() => Ok(()),
+    };
+    stop.cancel();
+    drop(learning);
+    let _ = reporting.await;
+    host.stop().await;
+    tracing::info!(store = options.name, "stopped");
+    served
+}

@@ -1,0 +1,482 @@
+//! A replica: its folder, its engine, its writer's queue, and what others may
+//! see of how far it has come. Opening one decides its life: origin, clock and seq.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
+
+use serde::{Deserialize, Serialize};
+use tokio::sync::{Semaphore, mpsc, oneshot, watch};
+use vasto_client::env::Env;
+use vasto_client::v1::{FailureCode, Position, SnapshotRequired, Topology};
+
+use crate::clock::Clock;
+use crate::engine::{self, Engine, Shared};
+use crate::merge::Limits;
+use crate::meta::{self, Fence};
+use crate::record::Stamp;
+use crate::writer::{Command, LocalWrite, PeerBatch, Refused, Start, Writer};
+
+/// Commands that may wait for a writer.
+const QUEUE: usize = 1024;
+/// KiB of clients' writes that may wait for a writer.
+const ROOM_KIB: usize = 64 << 10;
+
+/// What went wrong with a replica's folder.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The files.
+    #[error(transparent)]
+    Engine(#[from] engine::Error),
+    /// The folder.
+    #[error("{path}: {source}")]
+    Io {
+        /// Which file or folder.
+        path: PathBuf,
+        /// The system's words.
+        source: std::io::Error,
+    },
+    /// A candidate that is still being built.
+    #[error("{0} holds a replica that was not built to its end")]
+    NotBorn(PathBuf),
+    /// The folder holds something else.
+    #[error("{path} says it holds replica {named:016x}, but its files are of {found:016x}: they were mixed up; put the right ones back or delete the folder")]
+    Mixed {
+        /// The folder.
+        path: PathBuf,
+        /// By its name file.
+        named: u64,
+        /// By its database.
+        found: u64,
+    },
+}
+
+/// The file beside the database that says what it is.
+#[derive(Debug, Serialize, Deserialize)]
+struct NameFile {
+    id: String,
+    shard: u32,
+}
+
+/// How a keyspace's spec binds its replicas.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Sync the log before a write is answered.
+    pub synced: bool,
+    /// Bounds for callers.
+    pub limits: Limits,
+    /// How long after the last confirmation a tombstone is kept, ms.
+    pub grace_ms: u64,
+}
+
+/// How far a replica has applied one peer, as the follower's task knows it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SourceProgress {
+    /// The source's last seq less the applied one, as last heard.
+    pub lag: u64,
+    /// The epoch that the lag belongs to.
+    pub epoch: u64,
+    /// Snapshot progress.
+    pub records: u64,
+    /// Snapshot progress.
+    pub bytes: u64,
+    /// Estimated; 0: unknown.
+    pub records_total: u64,
+}
+
+struct State {
+    birth: SnapshotRequired,
+    applied: HashMap<u64, Position>,
+    synced: HashMap<u64, Position>,
+    /// By the followers of this replica, in its own seqs.
+    confirmed_by: HashMap<u64, u64>,
+    sources: HashMap<u64, SourceProgress>,
+    fence: Fence,
+    cleaned: u64,
+    todo: u64,
+}
+
+/// What others may see of a replica, and what they tell it.
+pub struct Progress {
+    state: Mutex<State>,
+    last_seq: watch::Sender<u64>,
+    synced: watch::Sender<u64>,
+    synced_seq: AtomicU64,
+    clock: AtomicU64,
+    trimmed: AtomicU64,
+    served: AtomicBool,
+    /// The disk is full.
+    pub full: AtomicBool,
+    synced_writes: AtomicBool,
+    fault: OnceLock<String>,
+    /// Rung when something that is reported has changed.
+    changed: Arc<tokio::sync::Notify>,
+}
+
+impl Progress {
+    fn state(&self) -> std::sync::MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// Its epoch, and where all that it held at first came from.
+    pub fn birth(&self) -> SnapshotRequired {
+        self.state().birth.clone()
+    }
+    /// The last fence that passed.
+    pub fn fence(&self) -> Fence {
+        self.state().fence
+    }
+    /// A fence has passed, synced.
+    pub fn set_fence(&self, fence: Fence) {
+        self.state().fence = fence;
+        self.changed.notify_one();
+    }
+    /// The last change that was cleaned up.
+    pub fn cleaned(&self) -> u64 {
+        self.state().cleaned
+    }
+    /// Foreign keys of this change are gone, synced.
+    pub fn set_cleaned(&self, version: u64) {
+        self.state().cleaned = version;
+        self.changed.notify_one();
+    }
+    /// Rows still to be looked at in the work under way.
+    pub fn set_todo(&self, records: u64) {
+        self.state().todo = records;
+    }
+    /// As last set.
+    pub fn todo(&self) -> u64 {
+        self.state().todo
+    }
+    /// A position has been applied (not yet synced).
+    pub fn apply_position(&self, position: Position) {
+        self.state().applied.insert(position.replica, position);
+    }
+    /// The applied position in this source.
+    pub fn position(&self, source: u64) -> Option<Position> {
+        self.state().applied.get(&source).copied()
+    }
+    /// All applied positions.
+    pub fn positions(&self) -> HashMap<u64, Position> {
+        self.state().applied.clone()
+    }
+    /// The synced position in this source.
+    pub fn synced_position(&self, source: u64) -> Option<Position> {
+        self.state().synced.get(&source).copied()
+    }
+    /// All that is applied now is synced.
+    pub fn positions_synced(&self) {
+        let applied = self.positions();
+        self.mark_synced(applied);
+    }
+    fn mark_synced(&self, positions: HashMap<u64, Position>) {
+        let mut state = self.state();
+        if state.synced != positions {
+            state.synced = positions;
+            drop(state);
+            self.synced.send_modify(|n| *n += 1);
+            self.changed.notify_one();
+        }
+    }
+    /// Rings when a synced position has moved.
+    pub fn synced(&self) -> watch::Receiver<u64> {
+        self.synced.subscribe()
+    }
+    /// The last seq written.
+    pub fn last_seq(&self) -> u64 {
+        *self.last_seq.borrow()
+    }
+    /// Rings at each write.
+    pub fn writes(&self) -> watch::Receiver<u64> {
+        self.last_seq.subscribe()
+    }
+    /// By the writer, after a batch.
+    pub fn set_last_seq(&self, seq: u64) {
+        self.last_seq.send_if_modified(|last| std::mem::replace(last, seq) != seq);
+    }
+    /// The greatest stamp time seen.
+    pub fn clock(&self) -> u64 {
+        self.clock.load(Ordering::Acquire)
+    }
+    /// By the writer, after a batch.
+    pub fn set_clock(&self, time: u64) {
+        self.clock.store(time, Ordering::Release);
+    }
+    /// Lines up to this are gone.
+    pub fn trimmed(&self) -> u64 {
+        self.trimmed.load(Ordering::Acquire)
+    }
+    /// By the writer.
+    pub fn set_trimmed(&self, seq: u64) {
+        self.trimmed.fetch_max(seq, Ordering::AcqRel);
+    }
+    /// Whether it ever stood in a `current` view.
+    pub fn served(&self) -> bool {
+        self.served.load(Ordering::Acquire)
+    }
+    /// By the writer.
+    pub fn set_served(&self, served: bool) {
+        self.served.fetch_or(served, Ordering::AcqRel);
+    }
+    /// Whether a write is synced before it is answered.
+    pub fn synced_writes(&self) -> bool {
+        self.synced_writes.load(Ordering::Relaxed)
+    }
+    /// What a follower says that it has applied and synced, in this replica's seqs.
+    pub fn confirm(&self, follower: u64, seq: u64) {
+        let mut state = self.state();
+        let confirmed = state.confirmed_by.entry(follower).or_default();
+        *confirmed = (*confirmed).max(seq);
+    }
+    /// What this follower has confirmed in this life of the process.
+    pub fn confirmed_by(&self, follower: u64) -> Option<u64> {
+        self.state().confirmed_by.get(&follower).copied()
+    }
+    /// Changes what is reported of a source.
+    pub fn update_source(&self, source: u64, change: impl FnOnce(&mut SourceProgress)) {
+        change(self.state().sources.entry(source).or_default());
+    }
+    /// What is reported of the sources.
+    pub fn sources(&self) -> HashMap<u64, SourceProgress> {
+        self.state().sources.clone()
+    }
+    /// The replica takes no more writes; a person or a rebuild must mend it.
+    pub fn poison(&self, fault: String) {
+        let _ = self.fault.set(fault);
+        self.changed.notify_one();
+    }
+    /// Why it takes no more writes.
+    pub fn fault(&self) -> Option<&str> {
+        self.fault.get().map(String::as_str)
+    }
+    /// As `fault`, as a sentence.
+    pub fn fault_text(&self) -> String {
+        format!("this replica takes no more writes since one failed: {}", self.fault().unwrap_or("unknown"))
+    }
+}
+
+/// An open replica. Cheap to share; dropping the last handle does not stop it: `stop` does.
+pub struct Replica {
+    /// Drawn when it was made.
+    pub id: u64,
+    /// The shard's index; the same in every view that names this replica.
+    pub shard: u32,
+    /// Its folder.
+    pub dir: PathBuf,
+    /// Its files.
+    pub engine: Arc<Engine>,
+    /// What others may see.
+    pub progress: Arc<Progress>,
+    /// Who takes writes here in this life.
+    pub origin: u64,
+    /// Held while a snapshot is joined in: one at a time.
+    pub snapshot_turn: tokio::sync::Mutex<()>,
+    settings: Mutex<Settings>,
+    commands: mpsc::Sender<Command>,
+    room: Arc<Semaphore>,
+}
+
+/// What opening a replica takes besides its folder.
+#[derive(Clone)]
+pub struct Context {
+    /// Memory bounds.
+    pub shared: Shared,
+    /// Time and randomness.
+    pub env: Env,
+    /// Rung when something that is reported has changed.
+    pub changed: Arc<tokio::sync::Notify>,
+}
+
+impl Replica {
+    /// Makes the folder of a new replica with this id.
+    pub fn create(dir: &Path, id: u64, shard: u32) -> Result<(), Error> {
+        let io = |source| Error::Io { path: dir.to_owned(), source };
+        std::fs::create_dir_all(dir).map_err(io)?;
+        let name = NameFile { id: format!("{id:016x}"), shard };
+        let text = serde_json::to_vec(&name).map_err(|e| io(e.into()))?;
+        crate::dir::write_durably(&dir.join("replica.json"), &text).map_err(io)
+    }
+
+    /// The id and shard that a folder says it holds.
+    pub fn name(dir: &Path) -> Result<(u64, u32), Error> {
+        let path = dir.join("replica.json");
+        let io = |source| Error::Io { path: path.clone(), source };
+        let text = std::fs::read(&path).map_err(io)?;
+        let name: NameFile = serde_json::from_slice(&text).map_err(|e| io(e.into()))?;
+        let id = u64::from_str_radix(&name.id, 16)
+            .map_err(|e| io(std::io::Error::new(std::io::ErrorKind::InvalidData, e)))?;
+        Ok((id, name.shard))
+    }
+
+    /// Opens the born replica in `dir` and starts its writer.
+    pub fn open(dir: &Path, topology: Arc<Topology>, settings: Settings, context: &Context) -> Result<Arc<Self>, Error> {
+        let (id, shard) = Self::name(dir)?;
+        let io = |source| Error::Io { path: dir.to_owned(), source };
+        let engine = Engine::open(&dir.join("db"), &context.shared)?;
+        let found = meta::read(&engine)?;
+        let Some(birth) = found.birth else {
+            return Err(Error::NotBorn(dir.to_owned()));
+        };
+        if found.id != id {
+            return Err(Error::Mixed { path: dir.to_owned(), named: id, found: found.id });
+        }
+        // A life whose unsynced writes may be lost is over: what its peers hold
+        // of them must not be taken for this life's.
+        let origin = if found.clean && found.origin != 0 { found.origin } else { context.env.random_id() };
+        let seq = found.seq.max(engine.last_change()?.unwrap_or(0)).max(1);
+        let clock = Clock::after_restart(found.clock, origin);
+        let mut batch = engine.batch();
+        batch.put_origin(origin);
+        batch.put_ceilings(found.clock, seq);
+        batch.put_clean(false);
+        engine.write(batch, true)?;
+
+        let engine = Arc::new(engine);
+        let applied: HashMap<u64, Position> = found.positions.iter().map(|p| (p.replica, *p)).collect();
+        let progress = Arc::new(Progress {
+            state: Mutex::new(State {
+                birth,
+                synced: applied.clone(),
+                applied,
+                fence: found.fence,
+                cleaned: found.cleaned,
+                confirmed_by: HashMap::new(),
+                sources: HashMap::new(),
+                todo: 0,
+            }),
+            last_seq: watch::Sender::new(seq),
+            synced: watch::Sender::new(0),
+            synced_seq: AtomicU64::new(seq),
+            clock: AtomicU64::new(found.clock),
+            trimmed: AtomicU64::new(found.trimmed),
+            served: AtomicBool::new(found.served),
+            full: AtomicBool::new(false),
+            synced_writes: AtomicBool::new(settings.synced),
+            fault: OnceLock::new(),
+            changed: context.changed.clone(),
+        });
+        let writer = Writer::new(Start {
+            replica: id,
+            engine: engine.clone(),
+            env: context.env.clone(),
+            progress: progress.clone(),
+            clock,
+            seq,
+            topology,
+            limits: settings.limits.clone(),
+            positions: found.positions,
+            served: found.served,
+            disk_free: Box::new(crate::dir::disk_watch(dir.to_owned(), context.env.clone())),
+        });
+        let (commands, queue) = mpsc::channel(QUEUE);
+        std::thread::Builder::new()
+            .name(format!("writer-{shard}"))
+            .spawn(move || writer.run(queue))
+            .map_err(io)?;
+        Ok(Arc::new(Self {
+            id,
+            shard,
+            dir: dir.to_owned(),
+            engine,
+            progress,
+            origin,
+            snapshot_turn: tokio::sync::Mutex::new(()),
+            settings: Mutex::new(settings),
+            commands,
+            room: Arc::new(Semaphore::new(ROOM_KIB)),
+        }))
+    }
+
+    /// As the keyspace's spec has it now.
+    pub fn settings(&self) -> Settings {
+        self.settings.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone()
+    }
+
+    /// Takes in a changed spec. Limits bind from the next start.
+    pub fn set_settings(&self, settings: Settings) {
+        self.progress.synced_writes.store(settings.synced, Ordering::Relaxed);
+        *self.settings.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = settings;
+    }
+
+    /// Queues clients' writes; refused at once when the queue is full.
+    pub async fn write(&self, writes: Vec<LocalWrite>) -> Vec<Result<Stamp, Refused>> {
+        let count = writes.len();
+        let bytes: usize = writes.iter().map(|w| w.key.len() + w.op.size()).sum();
+        let refused = |code, text: &str| vec![Err(Refused::new(code, text)); count];
+        let kib = (bytes.div_ceil(1024)).min(ROOM_KIB) as u32;
+        let Ok(room) = self.room.clone().try_acquire_many_owned(kib) else {
+            return refused(FailureCode::ResourceExhausted, "the shard's writer has 64 MiB waiting: slow down and try again");
+        };
+        let (reply, answer) = oneshot::channel();
+        match self.commands.try_send(Command::Local(writes, reply, room)) {
+            Ok(()) => {}
+            Err(mpsc::error::TrySendError::Full(_)) => {
+                return refused(FailureCode::ResourceExhausted, "the shard's writer has 1,024 batches waiting: slow down and try again");
+            }
+            Err(mpsc::error::TrySendError::Closed(_)) => {
+                return refused(FailureCode::NotReady, "the replica is stopping");
+            }
+        }
+        answer.await.unwrap_or_else(|_| refused(FailureCode::Internal, "the writer stopped before it answered"))
+    }
+
+    async fn ask<T>(&self, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> Option<T> {
+        let (reply, answer) = oneshot::channel();
+        self.commands.send(command(reply)).await.ok()?;
+        answer.await.ok()
+    }
+
+    fn stopping() -> Refused {
+        Refused::new(FailureCode::NotReady, "the replica is stopping")
+    }
+
+    /// Applies a peer's records and positions; waits for room.
+    pub async fn apply(&self, batch: PeerBatch) -> Result<(), Refused> {
+        self.ask(|reply| Command::Peer(batch, reply)).await.unwrap_or_else(|| Err(Self::stopping()))
+    }
+
+    /// From the writer's next batch on, this topology decides. Returns once it does (fenced, if it asks for that).
+    pub async fn install(&self, topology: Arc<Topology>) {
+        self.ask(|reply| Command::Topology(topology, reply)).await;
+    }
+
+    /// Deletes foreign keys.
+    pub async fn clean(&self, keys: Vec<bytes::Bytes>) -> Result<(), Refused> {
+        self.ask(|reply| Command::Clean(keys, reply)).await.unwrap_or_else(|| Err(Self::stopping()))
+    }
+
+    /// Notes that the foreign keys of this change are gone.
+    pub async fn cleaned(&self, version: u64) {
+        let _ = self.commands.send(Command::Cleaned(version)).await;
+    }
+
+    /// Drops lines of `changes` that nobody needs.
+    pub async fn trim(&self, seq: u64) {
+        let _ = self.commands.send(Command::Trim(seq)).await;
+    }
+
+    /// Syncs what was written since the last time. Blocks.
+    pub fn sync(&self) {
+        let (seq, positions) = (self.progress.last_seq(), self.progress.positions());
+        let synced_already = self.progress.synced_seq.load(Ordering::Acquire) == seq;
+        if (synced_already && self.progress.state().synced == positions) || self.progress.fault().is_some() {
+            return;
+        }
+        match self.engine.sync() {
+            Ok(()) => {
+                self.progress.synced_seq.store(seq, Ordering::Release);
+                self.progress.mark_synced(positions);
+            }
+            Err(error) => {
+                tracing::error!(replica = self.id, %error, "a sync failed; the replica takes no more writes");
+                self.progress.poison(error.to_string());
+            }
+        }
+    }
+
+    /// Stops the writer cleanly.
+    pub async fn stop(&self) {
+        self.ask(Command::Stop).await;
+    }
+}

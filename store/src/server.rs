@@ -1,0 +1,448 @@
+//! The store's gRPC services: the pipe, scans, inspection, and what peers ask for.
+
+use std::collections::BTreeMap;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::{Stream, StreamExt};
+use tokio::sync::{Semaphore, mpsc};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+use vasto_client::env::Env;
+use vasto_client::hash::{jump_hash, partition_hash};
+use vasto_client::v1::{
+    Answer, Batch, CompactRequest, CompactResponse, Entry, Failure, FailureCode, FollowRequest, FollowResponse,
+    InspectEntry, InspectRequest, InspectResponse, KeyspaceUpdate, LearnRequest, Missing, Operation,
+    ScanRequest, ScanResponse, SnapshotRequest, SnapshotResponse, Value, Written, answer, follow_request,
+    follow_response, peer_server, store_server, value,
+};
+use xxhash_rust::xxh64::xxh64;
+
+use crate::follow;
+use crate::host::Host;
+use crate::keyspace::{Keyspace, readable};
+use crate::merge::{Limits, LocalOp};
+use crate::record::{Content, Record, Stamp, View, glance};
+use crate::replica::Replica;
+use crate::snapshot;
+use crate::writer::{LocalWrite, Refused};
+
+/// Messages of one pipe that are worked on at once; more wait in the connection.
+const MESSAGES: usize = 64;
+/// Bytes of entries in one message of a scan.
+const PAGE_BYTES: usize = 256 << 10;
+/// Rows looked at in one step of a scan.
+const PAGE_ROWS: usize = 2_000;
+
+/// All services of a store.
+#[derive(Clone)]
+pub struct Server {
+    host: Arc<Host>,
+    env: Env,
+}
+
+type Out<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+impl Server {
+    /// Serves what the host holds.
+    pub fn new(host: Arc<Host>, env: Env) -> Self {
+        Self { host, env }
+    }
+
+    fn keyspace(&self, uid: &str) -> Result<Arc<Keyspace>, Status> {
+        self.host.keyspace(uid).ok_or_else(|| Status::not_found(format!("keyspace {uid} is not on this store")))
+    }
+
+    fn replica(&self, uid: &str, id: u64) -> Result<(Arc<Keyspace>, Arc<Replica>), Status> {
+        let keyspace = self.keyspace(uid)?;
+        let replica = keyspace
+            .replica(id)
+            .ok_or_else(|| Status::not_found(format!("replica {id:016x} is not on this store, or not ready yet")))?;
+        Ok((keyspace, replica))
+    }
+
+    /// Answers one message: writes go to their replicas' writers, reads to a blocking thread, both at once.
+    async fn answer(&self, batch: Batch) -> Vec<Answer> {
+        let mut work: BTreeMap<(String, u64), Work> = BTreeMap::new();
+        let mut answers = Vec::with_capacity(batch.operations.len());
+        for operation in batch.operations {
+            let id = operation.id;
+            match self.place(operation) {
+                Ok((keyspace, replica, placed)) => {
+                    let work = work
+                        .entry((keyspace.uid().to_owned(), replica.id))
+                        .or_insert_with(|| Work { keyspace, replica, reads: Vec::new(), ids: Vec::new(), writes: Vec::new() });
+                    match placed {
+                        Placed::Read { key, hash } => work.reads.push((id, key, hash)),
+                        Placed::Write(write) => {
+                            work.ids.push(id);
+                            work.writes.push(write);
+                        }
+                    }
+                }
+                Err(failure) => answers.push(Answer { id, result: Some(answer::Result::Failure(*failure)) }),
+            }
+        }
+        let now = self.env.now_ms();
+        let done = futures::future::join_all(work.into_values().map(|w| w.run(now))).await;
+        answers.extend(done.into_iter().flatten());
+        answers
+    }
+
+    fn place(&self, operation: Operation) -> Result<(Arc<Keyspace>, Arc<Replica>, Placed), Box<Failure>> {
+        let Some(keyspace) = self.host.keyspace(&operation.keyspace) else {
+            return Err(failure(FailureCode::WrongShard, "this store has nothing of the keyspace", None));
+        };
+        let hash = partition_hash(operation.partition_key.as_ref().unwrap_or(&operation.key));
+        let named_partition = operation.partition_key.as_ref().is_some_and(|p| *p != operation.key);
+        if let Err(refusal) = Limits::default().check_key(&operation.key) {
+            return Err(failure(refusal.code(), refusal.to_string(), None));
+        }
+        let Some(replica) = keyspace.route(hash) else {
+            let message = format!("by topology version {} this key's shard is not on this store", keyspace.version());
+            // A place that is not ready yet is one in the topology.
+            let newer = Some(keyspace.update());
+            return Err(failure(FailureCode::WrongShard, message, newer));
+        };
+        let after = operation.after.map(Stamp::from);
+        let key = operation.key;
+        let Some(kind) = operation.kind else {
+            let message = "the operation has no kind: say get, put, delete, merge or append";
+            return Err(failure(FailureCode::Invalid, message, None));
+        };
+        let op = match LocalOp::from_wire(kind, hash) {
+            Ok(None) => return Ok((keyspace, replica, Placed::Read { key, hash })),
+            Ok(Some(op)) => op,
+            Err(refusal) => return Err(failure(refusal.code(), refusal.to_string(), None)),
+        };
+        if !keyspace.is_confirmed() {
+            let message = "the store has restarted and waits to learn the current topology";
+            return Err(failure(FailureCode::NotReady, message, None));
+        }
+        Ok((keyspace, replica, Placed::Write(LocalWrite { key, op, after, named_partition })))
+    }
+}
+
+enum Placed {
+    Read { key: Bytes, hash: u64 },
+    Write(LocalWrite),
+}
+
+struct Work {
+    keyspace: Arc<Keyspace>,
+    replica: Arc<Replica>,
+    reads: Vec<(u64, Bytes, u64)>,
+    ids: Vec<u64>,
+    writes: Vec<LocalWrite>,
+}
+
+impl Work {
+    async fn run(self, now: u64) -> Vec<Answer> {
+        let Self { keyspace, replica, reads, ids, writes } = self;
+        let reading = async {
+            if reads.is_empty() {
+                return Vec::new();
+            }
+            let from = replica.clone();
+            let ids: Vec<u64> = reads.iter().map(|(id, ..)| *id).collect();
+            let read = tokio::task::spawn_blocking(move || {
+                reads.into_iter().map(|(id, key, hash)| read(&from, id, &key, hash, now)).collect::<Vec<_>>()
+            });
+            read.await.unwrap_or_else(|_| {
+                ids.into_iter().map(|id| failed(id, failure(FailureCode::Internal, "the read failed", None))).collect()
+            })
+        };
+        let writing = async {
+            if writes.is_empty() {
+                return Vec::new();
+            }
+            let results = replica.write(writes).await;
+            ids.into_iter().zip(results).map(|(id, result)| written(&keyspace, &replica, id, result)).collect()
+        };
+        let (mut answers, more): (Vec<Answer>, Vec<Answer>) = tokio::join!(reading, writing);
+        answers.extend(more);
+        answers
+    }
+}
+
+fn read(replica: &Replica, id: u64, key: &[u8], hash: u64, now: u64) -> Answer {
+    let found = replica.engine.row(key).map_err(|e| e.to_string()).and_then(|row| match row {
+        Some(row) => Record::decode(row.record).map(Some).map_err(|e| e.to_string()),
+        None => Ok(None),
+    });
+    let result = match found {
+        // Under another partition key it is another key's.
+        Ok(Some(record)) if record.partition_hash() == hash => match to_value(record.read(now)) {
+            Some(value) => answer::Result::Found(value),
+            None => answer::Result::Missing(Missing {}),
+        },
+        Ok(_) => answer::Result::Missing(Missing {}),
+        Err(error) => {
+            tracing::error!(replica = replica.id, error, "a record can't be read");
+            answer::Result::Failure(*failure(FailureCode::Internal, error, None))
+        }
+    };
+    Answer { id, result: Some(result) }
+}
+
+fn to_value(view: View) -> Option<Value> {
+    let value = match view.content {
+        Content::Nothing => return None,
+        Content::Bytes(bytes) => value::Value::Bytes(bytes),
+        Content::Number(number) => value::Value::Number(number.get()),
+    };
+    Some(Value { value: Some(value), expiry_ms: view.expiry_ms, stamp: Some(view.stamp.into()) })
+}
+
+fn written(keyspace: &Keyspace, replica: &Replica, id: u64, result: Result<Stamp, Refused>) -> Answer {
+    match result {
+        Ok(stamp) => {
+            let written = Written { stamp: Some(stamp.into()), replica: replica.id };
+            Answer { id, result: Some(answer::Result::Written(written)) }
+        }
+        Err(refused) => {
+            let topology = (refused.code == FailureCode::WrongShard).then(|| keyspace.update());
+            failed(id, failure(refused.code, refused.message, topology))
+        }
+    }
+}
+
+fn failed(id: u64, failure: Box<Failure>) -> Answer {
+    Answer { id, result: Some(answer::Result::Failure(*failure)) }
+}
+
+fn failure(code: FailureCode, message: impl Into<String>, topology: Option<Arc<KeyspaceUpdate>>) -> Box<Failure> {
+    Box::new(Failure { code: code.into(), message: message.into(), topology: topology.map(|t| (*t).clone()) })
+}
+
+#[tonic::async_trait]
+impl store_server::Store for Server {
+    type PipeStream = Out<Batch>;
+
+    async fn pipe(&self, request: Request<Streaming<Batch>>) -> Result<Response<Self::PipeStream>, Status> {
+        let mut requests = request.into_inner();
+        let (send, receive) = mpsc::channel::<Result<Batch, Status>>(MESSAGES);
+        let server = self.clone();
+        tokio::spawn(async move {
+            let room = Arc::new(Semaphore::new(MESSAGES));
+            while let Some(Ok(batch)) = requests.next().await {
+                // While all places are taken the connection itself holds the client back.
+                let Ok(place) = room.clone().acquire_owned().await else { return };
+                let (server, send) = (server.clone(), send.clone());
+                tokio::spawn(async move {
+                    for answers in in_messages(server.answer(batch).await) {
+                        if send.send(Ok(Batch { operations: Vec::new(), answers })).await.is_err() {
+                            break;
+                        }
+                    }
+                    drop(place);
+                });
+            }
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(receive))))
+    }
+
+    type ScanStream = Out<ScanResponse>;
+
+    async fn scan(&self, request: Request<ScanRequest>) -> Result<Response<Self::ScanStream>, Status> {
+        let request = request.into_inner();
+        let (send, receive) = mpsc::channel(4);
+        let keyspace = self.host.keyspace(&request.keyspace);
+        let env = self.env.clone();
+        tokio::spawn(async move {
+            if let Err(failure) = scan(keyspace, &env, request, &send).await {
+                let _ = send.send(Ok(ScanResponse { entries: Vec::new(), failure: Some(*failure) })).await;
+            }
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(receive))))
+    }
+
+    type InspectStream = Out<InspectResponse>;
+
+    async fn inspect(&self, request: Request<InspectRequest>) -> Result<Response<Self::InspectStream>, Status> {
+        let request = request.into_inner();
+        let (keyspace, replica) = self.replica(&request.keyspace, request.replica)?;
+        let (send, receive) = mpsc::channel(4);
+        let now = self.env.now_ms();
+        let topology = keyspace.topology();
+        tokio::task::spawn_blocking(move || {
+            let mut entries = Vec::new();
+            let walked = replica.engine.rows(b"", request.after.as_deref(), |key, _, encoded| {
+                let Ok(seen) = glance(encoded) else { return true };
+                if topology.holds(replica.id, seen.partition_hash) {
+                    let collectable = Record::decode(Bytes::copy_from_slice(encoded))
+                        .is_ok_and(|record| record.may_be_collected(now, 0));
+                    entries.push(InspectEntry {
+                        key: Bytes::copy_from_slice(key),
+                        hash: xxh64(encoded, 0),
+                        collectable,
+                    });
+                }
+                let full = entries.len() >= PAGE_ROWS;
+                !full || send.blocking_send(Ok(InspectResponse { entries: std::mem::take(&mut entries) })).is_ok()
+            });
+            let last = match walked {
+                Ok(()) => Ok(InspectResponse { entries }),
+                Err(error) => Err(Status::data_loss(error.to_string())),
+            };
+            let _ = send.blocking_send(last);
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(receive))))
+    }
+
+    async fn compact(&self, request: Request<CompactRequest>) -> Result<Response<CompactResponse>, Status> {
+        let keyspace = self.keyspace(&request.into_inner().keyspace)?;
+        let done = tokio::task::spawn_blocking(move || {
+            let (mut before, mut after) = (0, 0);
+            for replica in keyspace.replicas() {
+                before += replica.engine.estimate().1;
+                replica.engine.compact()?;
+                after += replica.engine.estimate().1;
+            }
+            Ok::<_, crate::engine::Error>(CompactResponse { bytes_before: before, bytes_after: after })
+        });
+        let response = done.await.map_err(|e| Status::internal(e.to_string()))?;
+        response.map(Response::new).map_err(|e| Status::internal(e.to_string()))
+    }
+}
+
+/// Answers may be larger than one message: values up to 8 MiB each.
+fn in_messages(answers: Vec<Answer>) -> Vec<Vec<Answer>> {
+    let size = |a: &Answer| match &a.result {
+        Some(answer::Result::Found(Value { value: Some(value::Value::Bytes(b)), .. })) => b.len() + 64,
+        _ => 64,
+    };
+    let mut messages = vec![Vec::with_capacity(answers.len())];
+    let mut bytes = 0;
+    for answer in answers {
+        let more = size(&answer);
+        if bytes > 0 && bytes + more > 4 << 20 {
+            messages.push(Vec::new());
+            bytes = 0;
+        }
+        bytes += more;
+        if let Some(last) = messages.last_mut() {
+            last.push(answer);
+        }
+    }
+    messages
+}
+
+async fn scan(
+    keyspace: Option<Arc<Keyspace>>,
+    env: &Env,
+    request: ScanRequest,
+    send: &mpsc::Sender<Result<ScanResponse, Status>>,
+) -> Result<(), Box<Failure>> {
+    let Some(keyspace) = keyspace else {
+        return Err(failure(FailureCode::WrongShard, "this store has nothing of the keyspace", None));
+    };
+    let mut after = request.after.clone();
+    let mut left = if request.limit == 0 { u64::MAX } else { request.limit };
+    loop {
+        // Each page asks anew: once the view is no longer read by, another store goes on.
+        let Some(replica) = keyspace.reader(request.shard, request.shards) else {
+            let known = keyspace.with_topology(|t| readable(t).any(|v| v.size() == request.shards)).unwrap_or(false);
+            let code = if known { FailureCode::NotReady } else { FailureCode::WrongShard };
+            let message = format!("shard {} of {} is not read here by topology version {}", request.shard, request.shards, keyspace.version());
+            return Err(failure(code, message, Some(keyspace.update())));
+        };
+        let (prefix, from, now) = (request.prefix.clone(), after.clone(), env.now_ms());
+        let (shard, shards) = (request.shard, request.shards);
+        let page = tokio::task::spawn_blocking(move || scan_page(&replica, (shard, shards), &prefix, from.as_deref(), left, now))
+            .await
+            .map_err(|e| failure(FailureCode::Internal, e.to_string(), None))?
+            .map_err(|e| failure(FailureCode::Internal, e.to_string(), None))?;
+        left -= page.entries.len() as u64;
+        let end = page.next.is_none() || left == 0;
+        let message = ScanResponse { entries: page.entries, failure: None };
+        if (!message.entries.is_empty() && send.send(Ok(message)).await.is_err()) || end {
+            return Ok(());
+        }
+        after = page.next;
+    }
+}
+
+struct Page {
+    entries: Vec<Entry>,
+    /// Where to go on; `None`: the end.
+    next: Option<Bytes>,
+}
+
+fn scan_page(
+    replica: &Replica,
+    (shard, shards): (u32, u32),
+    prefix: &[u8],
+    after: Option<&[u8]>,
+    limit: u64,
+    now: u64,
+) -> Result<Page, crate::engine::Error> {
+    let mut page = Page { entries: Vec::new(), next: None };
+    let (mut bytes, mut looked) = (0, 0);
+    let after = after.filter(|a| *a >= prefix);
+    replica.engine.rows(prefix, after, |key, _, encoded| {
+        if !key.starts_with(prefix) {
+            return false;
+        }
+        looked += 1;
+        let hash = glance(encoded).map(|seen| seen.partition_hash);
+        if let Ok(hash) = hash
+            && jump_hash(hash, shards) == shard
+            && let Ok(record) = Record::decode(Bytes::copy_from_slice(encoded))
+            && let Some(value) = to_value(record.read(now))
+        {
+            bytes += key.len() + encoded.len();
+            let partition_hash = if hash == partition_hash(key) { 0 } else { hash };
+            page.entries.push(Entry { key: Bytes::copy_from_slice(key), value: Some(value), partition_hash });
+        }
+        let more = bytes < PAGE_BYTES && looked < PAGE_ROWS && (page.entries.len() as u64) < limit;
+        if !more {
+            page.next = Some(Bytes::copy_from_slice(key));
+        }
+        more
+    })?;
+    Ok(page)
+}
+
+#[tonic::async_trait]
+impl peer_server::Peer for Server {
+    type FollowStream = Out<FollowResponse>;
+
+    async fn follow(&self, request: Request<Streaming<FollowRequest>>) -> Result<Response<Self::FollowStream>, Status> {
+        let mut requests = request.into_inner();
+        let first = tokio::time::timeout(Duration::from_secs(5), requests.next()).await;
+        let start = match first {
+            Ok(Some(Ok(FollowRequest { message: Some(follow_request::Message::Start(start)) }))) => start,
+            _ => return Err(Status::invalid_argument("a Follow begins with a start")),
+        };
+        let (send, receive) = mpsc::channel(4);
+        match self.replica(&start.keyspace, start.source) {
+            Ok((keyspace, replica)) => {
+                tokio::spawn(follow::serve(keyspace, replica, start, requests, send));
+            }
+            Err(status) => {
+                let message = Some(follow_response::Message::NotReady(status.message().to_owned()));
+                let _ = send.try_send(Ok(FollowResponse { message, topology: None }));
+            }
+        }
+        Ok(Response::new(Box::pin(ReceiverStream::new(receive))))
+    }
+
+    type SnapshotStream = Out<SnapshotResponse>;
+
+    async fn snapshot(&self, request: Request<SnapshotRequest>) -> Result<Response<Self::SnapshotStream>, Status> {
+        let request = request.into_inner();
+        let (keyspace, replica) = self.replica(&request.keyspace, request.source)?;
+        let (send, receive) = mpsc::channel(4);
+        tokio::spawn(snapshot::serve(keyspace, replica, request, send));
+        Ok(Response::new(Box::pin(ReceiverStream::new(receive))))
+    }
+
+    async fn learn(&self, request: Request<LearnRequest>) -> Result<Response<KeyspaceUpdate>, Status> {
+        let keyspace = self.keyspace(&request.into_inner().keyspace)?;
+        Ok(Response::new((*keyspace.update()).clone()))
+    }
+}
+

@@ -1,0 +1,462 @@
+//! A copy of what a replica holds, at a pinned instant: streamed as records in
+//! key order, filtered for the target, or as the checkpoint's own files where
+//! the target wants all of it. The target then follows from the pin.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::StreamExt;
+use tokio::sync::mpsc;
+use tonic::{Status, Streaming};
+use vasto_client::v1::peer_client::PeerClient;
+use vasto_client::v1::snapshot_response::Message;
+use vasto_client::v1::{
+    Phase, Position, SnapshotEnd, SnapshotFile, SnapshotRecords, SnapshotRequest, SnapshotResponse, SnapshotStart, Topology,
+};
+
+use crate::engine;
+use crate::follow::shipped;
+use crate::join::join;
+use crate::keyspace::Keyspace;
+use crate::meta;
+use crate::record::{Record, glance};
+use crate::replica::Replica;
+use crate::writer::PeerBatch;
+
+const MESSAGE_BYTES: usize = 1 << 20;
+/// Cuts of one stream that are mended by resuming, before the copy begins anew.
+const RESUMES: u32 = 5;
+
+/// Why a copy was not made.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The source's words.
+    #[error("the source is not ready: {0}")]
+    NotReady(String),
+    /// Nobody to copy from.
+    #[error("no address of {0} is known")]
+    NoAddress(String),
+    /// The connection.
+    #[error(transparent)]
+    Connect(#[from] tonic::transport::Error),
+    /// The stream.
+    #[error("{0}")]
+    Status(#[from] Status),
+    /// It ended too soon.
+    #[error("the stream ended before the snapshot did")]
+    Cut,
+    /// The source is not what it was at the first pin.
+    #[error("the source has begun a new life since the copy began; the copy begins anew")]
+    Restart,
+    /// What came can't be read or stored.
+    #[error("{0}")]
+    Store(String),
+}
+
+impl From<engine::Error> for Error {
+    fn from(error: engine::Error) -> Self {
+        Self::Store(error.to_string())
+    }
+}
+
+/// Whether the target wants all that the source has, so that its files serve as they are.
+fn whole(topology: &Topology, source: u64, target: u64) -> bool {
+    let place = |view: Option<&vasto_client::v1::View>, id| view.and_then(|v| v.place(id)).map(|p| (p.shard, p.shards));
+    // Only while nothing foreign can be there: a change is being prepared, none is being cleaned up.
+    if topology.phase() != Phase::Prepare {
+        return false;
+    }
+    let has = place(topology.current.as_ref(), source);
+    let wants = place(topology.next.as_ref(), target);
+    has.is_some() && has == wants && place(topology.current.as_ref(), target).is_none()
+}
+
+/// The source's side of `Snapshot`.
+pub async fn serve(
+    keyspace: Arc<Keyspace>,
+    replica: Arc<Replica>,
+    request: SnapshotRequest,
+    out: mpsc::Sender<Result<SnapshotResponse, Status>>,
+) {
+    let topology = keyspace.topology();
+    let respond = |message| Ok(SnapshotResponse { message: Some(message) });
+    let birth = replica.progress.birth();
+    // Only a target that the topology names holds back what it has yet to confirm.
+    if !topology.sources(request.target).iter().any(|p| p.assignment.replica == replica.id) {
+        let why = format!(
+            "replica {:016x} is no target of this one by topology version {}",
+            request.target, topology.version
+        );
+        let _ = out.send(respond(Message::NotReady(why))).await;
+        return;
+    }
+    let resume_elsewhere = request.after.is_some() && request.epoch != birth.epoch;
+    let source = Source { replica: replica.clone(), topology, request, epoch: birth.epoch, out: out.clone() };
+    if resume_elsewhere {
+        let start = SnapshotStart { epoch: birth.epoch, restart: true, ..SnapshotStart::default() };
+        let _ = out.send(respond(Message::Start(start))).await;
+        return;
+    }
+    let sent = tokio::task::spawn_blocking(move || {
+        if source.request.files_welcome && whole(&source.topology, source.replica.id, source.request.target) {
+            source.files()
+        } else {
+            source.records()
+        }
+    })
+    .await;
+    if let Ok(Err(error)) = sent {
+        tracing::warn!(replica = replica.id, %error, "a snapshot was not sent whole");
+        let _ = out.send(Err(Status::internal(error.to_string()))).await;
+    }
+}
+
+struct Source {
+    replica: Arc<Replica>,
+    topology: Arc<Topology>,
+    request: SnapshotRequest,
+    epoch: u64,
+    out: mpsc::Sender<Result<SnapshotResponse, Status>>,
+}
+
+impl Source {
+    /// False: the target has gone.
+    fn send(&self, message: Message) -> bool {
+        self.out.blocking_send(Ok(SnapshotResponse { message: Some(message) })).is_ok()
+    }
+
+    fn records(&self) -> Result<(), engine::Error> {
+        let engine = &self.replica.engine;
+        // Before the snapshot is taken: following from here misses nothing.
+        let pin_seq = self.replica.progress.last_seq();
+        let pin = engine.pin();
+        // After it: nothing in it is newer.
+        let last_seq = self.replica.progress.last_seq();
+        let clock = self.replica.progress.clock();
+        let (records_total, bytes_total) = engine.estimate();
+        let start = SnapshotStart {
+            epoch: self.epoch,
+            pin: pin_seq,
+            positions: meta::positions_at(&pin)?,
+            files: false,
+            records_total,
+            bytes_total,
+            restart: false,
+        };
+        if !self.send(Message::Start(start)) {
+            return Ok(());
+        }
+        let (mut batch, mut bytes, mut gone) = (Vec::new(), 0, false);
+        let (source, target) = (self.replica.id, self.request.target);
+        pin.rows(self.request.after.as_deref(), |key, _, encoded| {
+            let Ok(seen) = glance(encoded) else { return true };
+            if !self.topology.ships(source, target, seen.partition_hash) {
+                return true;
+            }
+            for part in shipped(Bytes::copy_from_slice(key), Bytes::copy_from_slice(encoded)) {
+                bytes += part.key.len() + part.record.len();
+                batch.push(part);
+                if bytes >= MESSAGE_BYTES && !gone {
+                    bytes = 0;
+                    gone = !self.send(Message::Records(SnapshotRecords { records: std::mem::take(&mut batch) }));
+                }
+            }
+            !gone
+        })?;
+        if gone {
+            return Ok(());
+        }
+        if !batch.is_empty() {
+            self.send(Message::Records(SnapshotRecords { records: batch }));
+        }
+        self.send(Message::End(SnapshotEnd { clock: clock.max(self.replica.progress.clock()), last_seq }));
+        Ok(())
+    }
+
+    fn files(&self) -> Result<(), engine::Error> {
+        let pin = self.replica.progress.last_seq();
+        let path = self.replica.dir.join(format!("checkpoint-{:016x}", self.request.target));
+        let io = |source: std::io::Error| engine::Error::Io { path: path.clone(), source };
+        if path.exists() {
+            std::fs::remove_dir_all(&path).map_err(io)?;
+        }
+        self.replica.engine.checkpoint(&path)?;
+        let sent = self.send_files(&path, pin).map_err(io);
+        std::fs::remove_dir_all(&path).map_err(io)?;
+        sent
+    }
+
+    fn send_files(&self, path: &Path, pin: u64) -> std::io::Result<()> {
+        let last_seq = self.replica.progress.last_seq();
+        let clock = self.replica.progress.clock();
+        let mut files = Vec::new();
+        let mut bytes_total = 0;
+        for entry in std::fs::read_dir(path)? {
+            let entry = entry?;
+            bytes_total += entry.metadata()?.len();
+            files.push(entry.file_name());
+        }
+        files.sort();
+        let (records_total, _) = self.replica.engine.estimate();
+        let start = SnapshotStart {
+            epoch: self.epoch,
+            pin,
+            positions: Vec::new(),
+            files: true,
+            records_total,
+            bytes_total,
+            restart: false,
+        };
+        if !self.send(Message::Start(start)) {
+            return Ok(());
+        }
+        for name in files {
+            let mut file = std::fs::File::open(path.join(&name))?;
+            let name = name.to_string_lossy().into_owned();
+            loop {
+                let mut data = Vec::new();
+                let read = std::io::Read::read_to_end(&mut std::io::Read::take(&mut file, MESSAGE_BYTES as u64), &mut data)?;
+                let last = read < MESSAGE_BYTES;
+                let part = SnapshotFile { name: name.clone(), data: data.into(), last };
+                if !self.send(Message::File(part)) {
+                    return Ok(());
+                }
+                if last {
+                    break;
+                }
+            }
+        }
+        self.send(Message::End(SnapshotEnd { clock, last_seq }));
+        Ok(())
+    }
+}
+
+/// A source replica and the store it stands on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Origin {
+    /// The replica.
+    pub replica: u64,
+    /// Its store.
+    pub store: String,
+}
+
+/// One source's stream, as the target reads it; resumes after a cut.
+pub struct Reader {
+    keyspace: Arc<Keyspace>,
+    from: Origin,
+    target: u64,
+    files_welcome: bool,
+    stream: Option<Streaming<SnapshotResponse>>,
+    /// The last key that has come whole; its successor may still be missing parts.
+    after: Option<Bytes>,
+    held: Option<(Bytes, Record)>,
+    ended: bool,
+    resumes: u32,
+    /// What the first message said; its pin is where following begins.
+    pub start: Option<SnapshotStart>,
+    /// The greatest seq in anything that was sent.
+    pub last_seq: u64,
+    /// The greatest stamp time of all that was sent.
+    pub clock: u64,
+}
+
+/// What a reader yields.
+pub enum Part {
+    /// In key order.
+    Records(Vec<(Bytes, Record)>),
+    /// A piece of a file.
+    File(SnapshotFile),
+    /// All has come.
+    End,
+}
+
+impl Reader {
+    /// Nothing is asked for yet.
+    pub fn new(keyspace: Arc<Keyspace>, from: Origin, target: u64, files_welcome: bool) -> Self {
+        Self {
+            keyspace,
+            from,
+            target,
+            files_welcome,
+            stream: None,
+            after: None,
+            held: None,
+            ended: false,
+            resumes: 0,
+            start: None,
+            last_seq: 0,
+            clock: 0,
+        }
+    }
+
+    /// Whom it reads.
+    pub fn from(&self) -> &Origin {
+        &self.from
+    }
+
+    async fn open(&self) -> Result<Streaming<SnapshotResponse>, Error> {
+        let address =
+            self.keyspace.address(&self.from.store).ok_or_else(|| Error::NoAddress(self.from.store.clone()))?;
+        let mut client = PeerClient::new(self.keyspace.env().dial(&address)?)
+            .max_decoding_message_size(crate::MESSAGE_LIMIT)
+            .max_encoding_message_size(crate::MESSAGE_LIMIT);
+        let request = SnapshotRequest {
+            keyspace: self.keyspace.uid().to_owned(),
+            source: self.from.replica,
+            target: self.target,
+            version: self.keyspace.version(),
+            files_welcome: self.files_welcome && self.after.is_none(),
+            after: self.after.clone(),
+            epoch: self.start.as_ref().map_or(0, |s| s.epoch),
+        };
+        Ok(client.snapshot(request).await?.into_inner())
+    }
+
+    /// Asks, and waits for the source's first word.
+    pub async fn begin(&mut self) -> Result<&SnapshotStart, Error> {
+        let mut stream = self.open().await?;
+        let first = stream.next().await.ok_or(Error::Cut)??;
+        match first.message {
+            Some(Message::Start(start)) => {
+                self.stream = Some(stream);
+                Ok(self.start.insert(start))
+            }
+            Some(Message::NotReady(why)) => Err(Error::NotReady(why)),
+            _ => Err(Error::Store("the source did not begin with a start".into())),
+        }
+    }
+
+    /// The next part. After a cut it resumes behind the last key, at the same epoch only.
+    pub async fn next(&mut self) -> Result<Part, Error> {
+        loop {
+            match self.step().await {
+                Ok(part) => return Ok(part),
+                Err(error @ (Error::Cut | Error::Status(_))) => {
+                    let files = self.start.as_ref().is_some_and(|s| s.files);
+                    if files || self.resumes >= RESUMES {
+                        return Err(error);
+                    }
+                    self.resumes += 1;
+                    tracing::info!(source = self.from.replica, %error, "resuming a snapshot");
+                    tokio::time::sleep(self.keyspace.env().jitter(Duration::from_millis(200))).await;
+                    match self.resume().await {
+                        Err(Error::Restart) => return Err(Error::Restart),
+                        Err(error) => tracing::info!(source = self.from.replica, %error, "not yet"),
+                        Ok(()) => {}
+                    }
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    async fn resume(&mut self) -> Result<(), Error> {
+        self.stream = None;
+        // It comes again, whole.
+        self.held = None;
+        let mut stream = self.open().await?;
+        let first = stream.next().await.ok_or(Error::Cut)??;
+        match first.message {
+            Some(Message::Start(again)) if !again.restart && self.start.as_ref().is_some_and(|s| s.epoch == again.epoch) => {
+                // Following still begins at the first pin: what changed before the
+                // second one at keys already passed comes from there.
+                self.stream = Some(stream);
+                Ok(())
+            }
+            Some(Message::Start(_)) => Err(Error::Restart),
+            Some(Message::NotReady(why)) => Err(Error::NotReady(why)),
+            _ => Err(Error::Restart),
+        }
+    }
+
+    async fn step(&mut self) -> Result<Part, Error> {
+        if self.ended {
+            return Ok(Part::End);
+        }
+        let stream = self.stream.as_mut().ok_or(Error::Cut)?;
+        let message = stream.next().await.ok_or(Error::Cut)??.message;
+        match message {
+            Some(Message::Records(SnapshotRecords { records })) => {
+                let mut whole: Vec<(Bytes, Record)> = Vec::with_capacity(records.len());
+                for shipped in records {
+                    let record = Record::decode(shipped.record).map_err(|e| Error::Store(e.to_string()))?;
+                    match self.held.take() {
+                        Some((key, part)) if key == shipped.key => self.held = Some((key, join(part, record))),
+                        done => {
+                            whole.extend(done);
+                            self.held = Some((shipped.key, record));
+                        }
+                    }
+                }
+                if let Some((key, _)) = whole.last() {
+                    self.after = Some(key.clone());
+                }
+                Ok(Part::Records(whole))
+            }
+            Some(Message::File(file)) => Ok(Part::File(file)),
+            Some(Message::End(end)) => {
+                self.clock = self.clock.max(end.clock);
+                self.last_seq = self.last_seq.max(end.last_seq);
+                self.ended = true;
+                Ok(self.held.take().map_or(Part::End, |last| Part::Records(vec![last])))
+            }
+            Some(Message::NotReady(why)) => Err(Error::NotReady(why)),
+            _ => Err(Error::Cut),
+        }
+    }
+
+    /// Where the target stands once all has come: at the source, and (as the
+    /// source did) in those of the source's peers that are of its shard.
+    pub fn positions(&self, topology: &Topology) -> Vec<Position> {
+        let Some(start) = &self.start else { return Vec::new() };
+        let mut positions = vec![Position { replica: self.from.replica, epoch: start.epoch, seq: start.pin }];
+        let siblings = |view: &vasto_client::v1::View, peer| {
+            let (a, b) = (view.place(self.from.replica), view.place(peer));
+            a.zip(b).is_some_and(|(a, b)| a.shard == b.shard)
+        };
+        for position in &start.positions {
+            let peer = position.replica;
+            if peer != self.target && topology.views().any(|v| siblings(v, peer)) {
+                positions.push(*position);
+            }
+        }
+        positions
+    }
+}
+
+/// Joins one source's snapshot into a replica that holds something already.
+pub async fn join_from(keyspace: &Arc<Keyspace>, replica: &Arc<Replica>, source: u64, store: &str) -> Result<(), Error> {
+    let from = Origin { replica: source, store: store.to_owned() };
+    let mut reader = Reader::new(keyspace.clone(), from, replica.id, false);
+    let total = reader.begin().await?.records_total;
+    replica.progress.update_source(source, |s| s.records_total = total);
+    let store_error = |refused: crate::writer::Refused| Error::Store(refused.message);
+    loop {
+        match reader.next().await? {
+            Part::Records(records) => {
+                let count = records.len() as u64;
+                let bytes: usize = records.iter().map(|(k, r)| k.len() + r.size()).sum();
+                replica.apply(PeerBatch { records, ..PeerBatch::default() }).await.map_err(store_error)?;
+                replica.progress.update_source(source, |s| {
+                    s.records += count;
+                    s.bytes += bytes as u64;
+                });
+            }
+            Part::File(_) => return Err(Error::Store("files were sent unasked".into())),
+            Part::End => break,
+        }
+    }
+    let positions = reader
+        .positions(&keyspace.topology())
+        .into_iter()
+        // An own position is as good or better, unless it is of a past epoch.
+        .filter(|p| {
+            p.replica == source
+                || replica.progress.position(p.replica).is_none_or(|mine| mine.epoch != p.epoch)
+        })
+        .collect();
+    let batch = PeerBatch { positions, clock: reader.clock, ..PeerBatch::default() };
+    replica.apply(batch).await.map_err(store_error)
+}

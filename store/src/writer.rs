@@ -1,0 +1,493 @@
+//! The one writer of a replica: a loop that drains a queue, stamps and joins
+//! all that waits into one batch, writes it, and answers. Everything that
+//! changes a replica's rows passes here, so that the order is one.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use bytes::Bytes;
+use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
+use vasto_client::env::Env;
+use vasto_client::v1::{FailureCode, Phase, Position, Topology};
+
+use crate::clock::Clock;
+use crate::engine::{self, Engine};
+use crate::join::join;
+use crate::merge::{self, Limits, LocalOp};
+use crate::meta::Fence;
+use crate::record::{Record, Stamp};
+use crate::replica::Progress;
+
+/// A batch is written when it holds this many bytes, however much more waits.
+const BATCH_BYTES: usize = 4 << 20;
+/// Seqs reserved ahead with one sync.
+const SEQ_STEP: u64 = 1 << 20;
+
+/// A client's write of one key.
+#[derive(Debug)]
+pub struct LocalWrite {
+    /// The key.
+    pub key: Bytes,
+    /// What to do, and the partition that it belongs to.
+    pub op: LocalOp,
+    /// The session's greatest stamp from other replicas.
+    pub after: Option<Stamp>,
+    /// The caller named a partition key, so that the row must be looked at.
+    pub named_partition: bool,
+}
+
+/// Why a write was not done.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Refused {
+    /// For programs.
+    pub code: FailureCode,
+    /// For people: what was wrong, with which value, and what would be right.
+    pub message: String,
+}
+
+impl Refused {
+    /// A refusal in words.
+    pub fn new(code: FailureCode, message: impl Into<String>) -> Self {
+        Self { code, message: message.into() }
+    }
+}
+
+/// Records from a peer, in the order of its changes (or of a snapshot).
+#[derive(Debug, Default)]
+pub struct PeerBatch {
+    /// The origin of the peer in its present life.
+    pub from: u64,
+    /// Whole or partial records.
+    pub records: Vec<(Bytes, Record)>,
+    /// What has been applied with this batch.
+    pub positions: Vec<Position>,
+    /// The peer's clock.
+    pub clock: u64,
+}
+
+/// What the queue holds.
+pub enum Command {
+    /// Clients' writes for this replica; answered one by one, in order.
+    Local(Vec<LocalWrite>, oneshot::Sender<Vec<Result<Stamp, Refused>>>, OwnedSemaphorePermit),
+    /// A peer's records and the positions they bring, in one batch.
+    Peer(PeerBatch, oneshot::Sender<Result<(), Refused>>),
+    /// From here on this topology decides what is accepted; a fence if it asks for one.
+    Topology(Arc<Topology>, oneshot::Sender<()>),
+    /// Deletes foreign keys.
+    Clean(Vec<Bytes>, oneshot::Sender<Result<(), Refused>>),
+    /// All foreign keys of this change are gone.
+    Cleaned(u64),
+    /// Lines of `changes` up to this seq are needed by nobody.
+    Trim(u64),
+    /// A clean stop.
+    Stop(oneshot::Sender<()>),
+}
+
+/// The writer's own state; nobody else sees it.
+pub struct Writer {
+    replica: u64,
+    engine: Arc<Engine>,
+    env: Env,
+    progress: Arc<Progress>,
+    clock: Clock,
+    seq: u64,
+    seq_ceiling: u64,
+    topology: Arc<Topology>,
+    limits: Limits,
+    positions: HashMap<u64, Position>,
+    served: bool,
+    full: bool,
+    poisoned: bool,
+    disk_free: Box<dyn FnMut() -> bool + Send>,
+}
+
+/// What `Writer::new` takes.
+pub struct Start {
+    /// The replica's id.
+    pub replica: u64,
+    /// Its files.
+    pub engine: Arc<Engine>,
+    /// Time.
+    pub env: Env,
+    /// What others may see.
+    pub progress: Arc<Progress>,
+    /// At or above every stamp given before.
+    pub clock: Clock,
+    /// At or above every seq given before.
+    pub seq: u64,
+    /// What decides until a newer one comes.
+    pub topology: Arc<Topology>,
+    /// Bounds for callers.
+    pub limits: Limits,
+    /// As read from `meta`.
+    pub positions: Vec<Position>,
+    /// As read from `meta`.
+    pub served: bool,
+    /// Whether the disk has room for another batch.
+    pub disk_free: Box<dyn FnMut() -> bool + Send>,
+}
+
+type LocalReply = (oneshot::Sender<Vec<Result<Stamp, Refused>>>, Vec<Result<Stamp, Refused>>);
+
+/// What a batch will answer once it is written.
+#[derive(Default)]
+struct Pending {
+    local: Vec<LocalReply>,
+    done: Vec<oneshot::Sender<Result<(), Refused>>>,
+    fences: Vec<oneshot::Sender<()>>,
+    positions: Vec<Position>,
+    fence: Option<Fence>,
+    cleaned: Option<u64>,
+    trimmed: Option<u64>,
+    sync: bool,
+}
+
+impl Writer {
+    /// A writer that has written nothing yet.
+    pub fn new(start: Start) -> Self {
+        let Start {
+            replica,
+            engine,
+            env,
+            progress,
+            clock,
+            seq,
+            topology,
+            limits,
+            positions,
+            served,
+            disk_free,
+        } = start;
+        Self {
+            replica,
+            engine,
+            env,
+            progress,
+            clock,
+            seq,
+            seq_ceiling: seq,
+            topology,
+            limits,
+            positions: positions.into_iter().map(|p| (p.replica, p)).collect(),
+            served,
+            full: false,
+            poisoned: false,
+            disk_free,
+        }
+    }
+
+    /// Runs until the queue closes or a `Stop`: the thread of a replica.
+    pub fn run(mut self, mut queue: mpsc::Receiver<Command>) {
+        let mut waiting = Vec::new();
+        while let Some(first) = queue.blocking_recv() {
+            waiting.push(first);
+            while waiting.len() < 256 {
+                let Ok(more) = queue.try_recv() else { break };
+                waiting.push(more);
+            }
+            if let Some(stopped) = self.take(&mut waiting) {
+                self.stop();
+                drop(queue);
+                let _ = stopped.send(());
+                return;
+            }
+        }
+        self.stop();
+    }
+
+    /// Takes all commands, in as many batches as their size asks for.
+    pub fn take(&mut self, commands: &mut Vec<Command>) -> Option<oneshot::Sender<()>> {
+        let mut stop = None;
+        let mut commands = commands.drain(..).peekable();
+        while commands.peek().is_some() {
+            self.full = !(self.disk_free)();
+            self.progress.full.store(self.full, Ordering::Relaxed);
+            let engine = self.engine.clone();
+            let mut batch = engine.batch();
+            let mut overlay = HashMap::new();
+            let mut pending = Pending::default();
+            while batch.size() < BATCH_BYTES {
+                match commands.next() {
+                    None => break,
+                    Some(Command::Stop(done)) => stop = Some(done),
+                    Some(command) => self.add(command, &mut batch, &mut overlay, &mut pending),
+                }
+            }
+            self.commit(batch, pending);
+        }
+        stop
+    }
+
+    fn add(
+        &mut self,
+        command: Command,
+        batch: &mut engine::Batch<'_>,
+        overlay: &mut HashMap<Bytes, Option<Record>>,
+        pending: &mut Pending,
+    ) {
+        match command {
+            Command::Local(writes, reply, _room) => {
+                let results = writes.into_iter().map(|w| self.local(w, batch, overlay)).collect();
+                // `Synced`: the log is synced before the batch is answered.
+                pending.sync |= self.progress.synced_writes();
+                pending.local.push((reply, results));
+            }
+            Command::Peer(peer, reply) => match self.peer(peer, batch, overlay, pending) {
+                Ok(()) => pending.done.push(reply),
+                Err(refused) => {
+                    let _ = reply.send(Err(refused));
+                }
+            },
+            Command::Topology(topology, done) => {
+                self.install(topology, batch, pending);
+                pending.fences.push(done);
+            }
+            Command::Clean(keys, reply) => {
+                for key in keys {
+                    overlay.insert(key.clone(), None);
+                    batch.delete_row(&key);
+                }
+                pending.done.push(reply);
+            }
+            Command::Cleaned(version) => {
+                batch.put_cleaned(version);
+                pending.cleaned = Some(version);
+                pending.sync = true;
+            }
+            Command::Trim(seq) => {
+                batch.trim_changes(seq);
+                batch.put_trimmed(seq);
+                pending.trimmed = Some(seq);
+            }
+            // Handled by the caller.
+            Command::Stop(_) => {}
+        }
+    }
+
+    fn install(&mut self, topology: Arc<Topology>, batch: &mut engine::Batch<'_>, pending: &mut Pending) {
+        if topology.version < self.topology.version {
+            return;
+        }
+        let fenced = matches!(topology.phase(), Phase::Fence | Phase::Drain | Phase::Cleanup)
+            && topology.previous.as_ref().is_some_and(|v| v.place(self.replica).is_some())
+            && self.progress.fence().version != topology.switch_version;
+        if fenced {
+            // Writes under the old view are refused from here on, since the
+            // topology below decides; what came before has a seq up to this.
+            let fence = Fence { version: topology.switch_version, seq: self.seq };
+            batch.put_fence(fence);
+            pending.fence = Some(fence);
+            pending.sync = true;
+        }
+        if !self.served && topology.current.as_ref().is_some_and(|v| v.place(self.replica).is_some()) {
+            self.served = true;
+            batch.put_served();
+            pending.sync = true;
+        }
+        self.topology = topology;
+    }
+
+    fn existing(&self, key: &Bytes, overlay: &HashMap<Bytes, Option<Record>>) -> Result<Option<Record>, Refused> {
+        if let Some(record) = overlay.get(key) {
+            return Ok(record.clone());
+        }
+        let row = self.engine.row(key).map_err(internal)?;
+        row.map(|row| Record::decode(row.record)).transpose().map_err(internal)
+    }
+
+    fn put(
+        &mut self,
+        key: Bytes,
+        record: Record,
+        from: u64,
+        batch: &mut engine::Batch<'_>,
+        overlay: &mut HashMap<Bytes, Option<Record>>,
+    ) {
+        self.seq += 1;
+        let mut encoded = Vec::new();
+        record.encode(&mut encoded);
+        batch.put_record(&key, self.seq, from, &encoded);
+        overlay.insert(key, Some(record));
+    }
+
+    fn local(
+        &mut self,
+        write: LocalWrite,
+        batch: &mut engine::Batch<'_>,
+        overlay: &mut HashMap<Bytes, Option<Record>>,
+    ) -> Result<Stamp, Refused> {
+        if self.poisoned {
+            return Err(Refused::new(FailureCode::NotReady, self.progress.fault_text()));
+        }
+        if self.full {
+            return Err(Refused::new(
+                FailureCode::NoSpace,
+                "the store's disk is full: it refuses writes and serves reads; give it more space".to_string(),
+            ));
+        }
+        if !self.topology.accepts_write(self.replica, write.op.partition_hash) {
+            return Err(Refused::new(
+                FailureCode::WrongShard,
+                format!("the key is not (or no longer) of a shard served here, by topology version {}", self.topology.version),
+            ));
+        }
+        if let Some(after) = write.after {
+            self.clock.observe(after.time);
+        }
+        let now = self.env.now_ms();
+        // A put with the store's own clock is newer than all that this replica
+        // has seen, so it needs no read; the partition check wants one.
+        let existing = if write.op.is_blind() && !write.named_partition {
+            None
+        } else {
+            self.existing(&write.key, overlay)?
+        };
+        let clock = &mut self.clock;
+        let context = merge::Context {
+            origin: clock.origin(),
+            after: write.after,
+            now_ms: now,
+            limits: &self.limits,
+        };
+        let before = existing.clone();
+        let applied = merge::apply(existing, write.op, &context, &mut || clock.tick(now))
+            .map_err(|refusal| Refused::new(refusal.code(), refusal.to_string()))?;
+        // A caller's own time may lie ahead of the clock.
+        self.clock.observe(applied.stamp.time);
+        // A max below what is there changes nothing, and is no change.
+        if before.as_ref() != Some(&applied.record) {
+            self.put(write.key, applied.record, 0, batch, overlay);
+        }
+        Ok(applied.stamp)
+    }
+
+    fn peer(
+        &mut self,
+        peer: PeerBatch,
+        batch: &mut engine::Batch<'_>,
+        overlay: &mut HashMap<Bytes, Option<Record>>,
+        pending: &mut Pending,
+    ) -> Result<(), Refused> {
+        if self.poisoned {
+            return Err(Refused::new(FailureCode::NotReady, self.progress.fault_text()));
+        }
+        if self.full {
+            return Err(Refused::new(FailureCode::NoSpace, "the disk is full".to_string()));
+        }
+        self.clock.observe(peer.clock);
+        for (key, record) in peer.records {
+            // Not ours under any view: drained long ago, and deleted by Clean up.
+            if !self.topology.holds(self.replica, record.partition_hash()) {
+                continue;
+            }
+            self.clock.observe(record.greatest_stamp().time);
+            let existing = self.existing(&key, overlay)?;
+            let joined = match existing.clone() {
+                Some(mine) => join(mine, record),
+                None => record,
+            };
+            // What changes nothing is no change: else two replicas would send it to and fro.
+            if existing.as_ref() != Some(&joined) {
+                self.put(key, joined, peer.from, batch, overlay);
+            }
+        }
+        for position in peer.positions {
+            batch.put_position(&position);
+            self.positions.insert(position.replica, position);
+            pending.positions.push(position);
+        }
+        Ok(())
+    }
+
+    fn commit(&mut self, mut batch: engine::Batch<'_>, pending: Pending) {
+        if batch.is_empty() && !pending.sync {
+            self.answer(pending, Ok(()));
+            return;
+        }
+        // Ceilings are synced before anything under them is, with the same sync where there is one.
+        let clock_ceiling = self.clock.needs_ceiling();
+        let mut sync = pending.sync;
+        if clock_ceiling.is_some() || self.seq > self.seq_ceiling {
+            if self.seq > self.seq_ceiling {
+                self.seq_ceiling = self.seq + SEQ_STEP;
+            }
+            if let Some(ceiling) = clock_ceiling {
+                self.clock.set_ceiling(ceiling);
+            }
+            batch.put_ceilings(self.clock.ceiling(), self.seq_ceiling);
+            sync = true;
+        }
+        let result = if self.poisoned {
+            Err(Refused::new(FailureCode::Internal, self.progress.fault_text()))
+        } else {
+            self.engine.write(batch, sync).map_err(|error| {
+                // After a failed write or sync the log's end is unknown: nothing more is
+                // written by this process.
+                tracing::error!(replica = self.replica, %error, "a write failed; the replica takes no more writes");
+                self.poisoned = true;
+                self.progress.poison(error.to_string());
+                internal(error)
+            })
+        };
+        if result.is_ok() {
+            if sync {
+                for position in self.positions.values() {
+                    self.progress.apply_position(*position);
+                }
+            }
+            for position in &pending.positions {
+                self.progress.apply_position(*position);
+            }
+            if sync {
+                self.progress.positions_synced();
+            }
+            if let Some(fence) = pending.fence {
+                self.progress.set_fence(fence);
+            }
+            if let Some(version) = pending.cleaned {
+                self.progress.set_cleaned(version);
+            }
+            if let Some(seq) = pending.trimmed {
+                self.progress.set_trimmed(seq);
+            }
+            self.progress.set_served(self.served);
+            self.progress.set_clock(self.clock.last());
+            self.progress.set_last_seq(self.seq);
+        }
+        self.answer(pending, result);
+    }
+
+    fn answer(&self, pending: Pending, result: Result<(), Refused>) {
+        for (reply, mut results) in pending.local {
+            if let Err(refused) = &result {
+                for r in results.iter_mut().filter(|r| r.is_ok()) {
+                    *r = Err(refused.clone());
+                }
+            }
+            let _ = reply.send(results);
+        }
+        for reply in pending.done {
+            let _ = reply.send(result.clone());
+        }
+        for done in pending.fences {
+            let _ = done.send(());
+        }
+    }
+
+    fn stop(&mut self) {
+        if self.poisoned {
+            return;
+        }
+        let mut batch = self.engine.batch();
+        batch.put_ceilings(self.clock.last(), self.seq);
+        batch.put_clean(true);
+        if let Err(error) = self.engine.write(batch, true) {
+            tracing::warn!(replica = self.replica, %error, "the stop was not clean");
+        }
+    }
+}
+
+fn internal(error: impl std::fmt::Display) -> Refused {
+    Refused::new(FailureCode::Internal, error.to_string())
+}
