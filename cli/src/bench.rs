@@ -159,7 +159,10 @@ impl Data {
         let least = args.prefix.len() + (args.keys - 1).to_string().len();
         let size = args.key_size as usize;
         if size < least {
-            let message = format!("--key-size is {size}; {} keys that begin with {:?} need {least} at least", args.keys, args.prefix);
+            let message = format!(
+                "--key-size is {size}; {} keys that begin with {:?} need {least} at least",
+                args.keys, args.prefix
+            );
             return Err(fault(Code::Usage, message));
         }
         let mut pool = vec![0; args.value_size.1 + (1 << 16)];
@@ -281,7 +284,10 @@ pub(crate) async fn run(context: &Context, args: Bench) -> anyhow::Result<()> {
     match &stats.last {
         Some(error) => {
             let kinds: Vec<String> = stats.errors.iter().map(|(name, n)| format!("{name} {}", count(*n))).collect();
-            Err(fault(client_code(error.code()), format!("{} operations failed ({}), such as: {error}", count(stats.failures()), kinds.join(", "))))
+            Err(fault(
+                client_code(error.code()),
+                format!("{} operations failed ({}), such as: {error}", count(stats.failures()), kinds.join(", ")),
+            ))
         }
         None => Ok(()),
     }
@@ -433,7 +439,11 @@ fn text_report(args: &Bench, stats: &Stats, time: Duration) -> String {
     };
     let mut text = format!(
         "{}: {} keys of {} B, values of {values}, {calls}, {} in a call, {:.1} s\n",
-        args.keyspace, count(args.keys), args.key_size, args.batch, time.as_secs_f64()
+        args.keyspace,
+        count(args.keys),
+        args.key_size,
+        args.batch,
+        time.as_secs_f64()
     );
     let mut rows: Vec<(&str, Histogram<u64>)> =
         stats.latencies.iter().map(|(kind, h)| (kind.name(), h.clone())).collect();

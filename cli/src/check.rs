@@ -191,13 +191,8 @@ pub(crate) async fn run(context: &Context, args: Check) -> anyhow::Result<()> {
         .collect();
     let vacant = view.places().filter(|p| p.assignment.replica == 0).count() as u64;
 
-    let mut checker = Checker {
-        context,
-        keyspace: &keyspace,
-        bar: count_bar(None, "records"),
-        findings: Vec::new(),
-        counted: 0,
-    };
+    let mut checker =
+        Checker { context, keyspace: &keyspace, bar: count_bar(None, "records"), findings: Vec::new(), counted: 0 };
     for shard in 0..view.size() {
         checker.bar.set_message(format!("shard {} of {}", shard + 1, view.size()));
         let mut here: Vec<&mut Replica> = replicas.iter_mut().filter(|r| r.shard == shard).collect();
@@ -361,10 +356,8 @@ fn wrong_text(wrong: &Wrong, shard: u32, replicas: &[Replica]) -> String {
         Wrong::Differs => "its replicas hold different records".to_string(),
         Wrong::Foreign => "belongs to another shard".to_string(),
         Wrong::Missing(places) => {
-            let here: Vec<&Replica> =
-                replicas.iter().filter(|r| r.shard == shard && r.unread.is_none()).collect();
-            let names: Vec<&str> =
-                places.iter().filter_map(|at| here.get(*at)).map(|r| r.store.as_str()).collect();
+            let here: Vec<&Replica> = replicas.iter().filter(|r| r.shard == shard && r.unread.is_none()).collect();
+            let names: Vec<&str> = places.iter().filter_map(|at| here.get(*at)).map(|r| r.store.as_str()).collect();
             format!("missing on {}", names.join(", "))
         }
     }

@@ -117,7 +117,8 @@ fn encode_tsv(record: &Record) -> Vec<u8> {
 }
 
 fn decode_tsv(line: &[u8]) -> Result<Record, String> {
-    const RIGHT: &str = "a line is key, tab, value; a tab, newline, return or backslash inside is written \\t \\n \\r \\\\";
+    const RIGHT: &str =
+        "a line is key, tab, value; a tab, newline, return or backslash inside is written \\t \\n \\r \\\\";
     let mut fields = line.split(|b| *b == b'\t');
     let key = unescape(fields.next().unwrap_or_default()).map_err(|e| format!("key: {e}; {RIGHT}"))?;
     let Some(value) = fields.next() else {
@@ -470,8 +471,12 @@ mod tests {
             any::<Vec<u8>>().prop_map(|key| Some(Partition::Key(key))),
         ];
         let key = prop_oneof![proptest::collection::vec(any::<u8>(), 1..20), ".+".prop_map(String::into_bytes)];
-        (key, datum, any::<u64>(), partition)
-            .prop_map(|(key, value, expiry_ms, partition)| Record { key, value, expiry_ms, partition })
+        (key, datum, any::<u64>(), partition).prop_map(|(key, value, expiry_ms, partition)| Record {
+            key,
+            value,
+            expiry_ms,
+            partition,
+        })
     }
 
     proptest! {

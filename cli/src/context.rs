@@ -51,6 +51,11 @@ impl Context {
         Self { global, env: Env::real(), in_shell, client: OnceLock::new() }
     }
 
+    /// The same with another operator.
+    pub(crate) fn at(&self, operator: String) -> Self {
+        Self::new(Global { operator, ..self.global.clone() }, self.in_shell)
+    }
+
     /// The output that was asked for.
     pub(crate) fn output(&self) -> Option<Output> {
         self.global.output
@@ -98,18 +103,25 @@ impl Context {
     /// The error for what the operator answered.
     pub(crate) fn refusal(&self, status: &tonic::Status) -> anyhow::Error {
         let code = status_code(status.code());
-        let message = status.message();
-        if status.code() == tonic::Code::Unavailable {
-            let operator = &self.global.operator;
-            return fault(
-                code,
-                format!(
-                    "the operator at {operator} can't be reached ({message}); start one with \"vasto up\", \
-                     or say where it is with --operator or VASTO_OPERATOR"
-                ),
-            );
+        let message = if status.message().is_empty() { status.code().description() } else { status.message() };
+        // A connection that fails has its causes with it; a refusal by the operator itself has none.
+        let mut cause = std::error::Error::source(status);
+        if code != Code::Unavailable || cause.is_none() {
+            return fault(code, message);
         }
-        fault(code, if message.is_empty() { status.to_string() } else { message.to_string() })
+        let mut why = message.to_string();
+        while let Some(next) = cause {
+            why = next.to_string();
+            cause = next.source();
+        }
+        let operator = &self.global.operator;
+        fault(
+            code,
+            format!(
+                "the operator at {operator} can't be reached: {why}; start one with \"vasto up\", \
+                 or say where it is with --operator or VASTO_OPERATOR"
+            ),
+        )
     }
 }
 

@@ -200,7 +200,9 @@ pub(crate) async fn scan(context: &Context, args: Scan) -> anyhow::Result<()> {
     while let Some(entry) = entries.try_next().await? {
         let record = entry_record(entry);
         let line = match context.output() {
-            Some(Output::Json) if args.keys => format!("{}\n", serde_json::json!({"key": String::from_utf8_lossy(&record.key)})).into_bytes(),
+            Some(Output::Json) if args.keys => {
+                format!("{}\n", serde_json::json!({"key": String::from_utf8_lossy(&record.key)})).into_bytes()
+            }
             Some(Output::Json) => codec::encode(Format::Jsonl, &record),
             Some(Output::Raw) if args.keys => [&record.key[..], b"\n"].concat(),
             _ if args.keys => [codec::escape(&record.key), b"\n".to_vec()].concat(),

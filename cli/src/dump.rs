@@ -38,8 +38,7 @@ pub(crate) async fn run(context: &Context, args: Dump) -> anyhow::Result<()> {
         (format, _) => format_of(format, file)?,
     };
     let keyspace = context.keyspace(&args.keyspace).await?;
-    let options =
-        ScanOptions::new().prefix(args.prefix.unwrap_or_default());
+    let options = ScanOptions::new().prefix(args.prefix.unwrap_or_default());
     let Some(path) = file else {
         write(&keyspace, options, format, std::io::stdout()).await?;
         return Ok(());

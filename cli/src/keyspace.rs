@@ -7,10 +7,10 @@ use std::time::Duration;
 use anyhow::Context as _;
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
+use vasto_client::Compacted;
 use vasto_client::v1::{
     ApplyRequest, DeleteRequest, DescribeRequest, ListRequest, Phase, ReplaceRequest, Resource, ScaleRequest, Topology,
 };
-use vasto_client::Compacted;
 use vasto_crds::{Keyspace, Phase as StatusPhase};
 
 use crate::context::Context;
@@ -153,10 +153,16 @@ async fn list(context: &Context) -> anyhow::Result<()> {
     }
 }
 
-/// Names of all keyspaces, for completion.
-pub(crate) async fn names(context: &Context) -> anyhow::Result<Vec<String>> {
+/// All keyspaces.
+pub(crate) async fn all(context: &Context) -> anyhow::Result<Vec<Keyspace>> {
     let answer = context.ask(context.resources()?.list(ListRequest {})).await?;
-    Ok(answer.items.iter().filter_map(|r| typed(r).ok()).map(|(k, _)| k.name().to_string()).collect())
+    answer.items.iter().map(|resource| Ok(typed(resource)?.0)).collect()
+}
+
+/// Whether no change is under way and all replicas serve.
+pub(crate) fn is_ready(keyspace: &Keyspace) -> bool {
+    let status = keyspace.status.as_ref();
+    status.is_some_and(|s| s.phase == Some(StatusPhase::Ready) && s.ready_replicas == s.replicas)
 }
 
 async fn describe(context: &Context, name: &str) -> anyhow::Result<()> {
@@ -247,11 +253,10 @@ fn reached(wanted: &Keyspace) -> impl Fn(&Keyspace) -> bool + use<> {
     let generation = wanted.metadata.generation;
     move |now| {
         let Some(status) = &now.status else { return false };
-        status.observed_generation >= generation
-            && status.phase == Some(StatusPhase::Ready)
+        is_ready(now)
+            && status.observed_generation >= generation
             && status.shards == Some(now.spec.shards)
             && status.replication_factor.is_none_or(|r| r == now.spec.replication_factor)
-            && status.ready_replicas == status.replicas
     }
 }
 

@@ -127,14 +127,14 @@ fn shards(topology: &Topology) -> String {
 /// "12,000 of 60,000 records, 9.0 MiB of 45.0 MiB, 12 s left".
 fn progress_text(progress: &Progress) -> String {
     let mut parts = Vec::new();
-    let mut share = |done: Option<u64>, total: Option<u64>, show: &dyn Fn(u64) -> String, noun: &str| match (done, total)
-    {
-        (Some(done), Some(total)) if total > 0 => {
-            parts.push(format!("{} of {}{noun}", show(done), show(total.max(done))));
-        }
-        (Some(done), _) if done > 0 => parts.push(format!("{}{noun}", show(done))),
-        _ => {}
-    };
+    let mut share =
+        |done: Option<u64>, total: Option<u64>, show: &dyn Fn(u64) -> String, noun: &str| match (done, total) {
+            (Some(done), Some(total)) if total > 0 => {
+                parts.push(format!("{} of {}{noun}", show(done), show(total.max(done))));
+            }
+            (Some(done), _) if done > 0 => parts.push(format!("{}{noun}", show(done))),
+            _ => {}
+        };
     share(progress.records, progress.records_total, &count, " records");
     share(progress.bytes, progress.bytes_total, &size, "");
     if let Some(lag) = progress.lag.filter(|lag| *lag > 0) {
@@ -230,8 +230,13 @@ mod tests {
 
     fn keyspace(phase: Phase, progress: Option<Progress>) -> Keyspace {
         let mut keyspace = Keyspace::new("packages", KeyspaceSpec::new(5, 2));
-        let mut status =
-            KeyspaceStatus { phase: Some(phase), shards: Some(3), topology_version: Some(7), progress, ..Default::default() };
+        let mut status = KeyspaceStatus {
+            phase: Some(phase),
+            shards: Some(3),
+            topology_version: Some(7),
+            progress,
+            ..Default::default()
+        };
         status.set_replicas(6, 6);
         keyspace.status = Some(status);
         keyspace
@@ -266,7 +271,9 @@ mod tests {
     #[test]
     fn describe_shows_what_does_not_serve() {
         let replica = |store: &str, replica, serving| Assignment { store: store.into(), replica, serving };
-        let shard = Shard { replicas: vec![replica("store-0", 1, true), replica("store-1", 2, false), replica("store-2", 0, false)] };
+        let shard = Shard {
+            replicas: vec![replica("store-0", 1, true), replica("store-1", 2, false), replica("store-2", 0, false)],
+        };
         let topology = Topology { current: Some(View { shards: vec![shard] }), ..Default::default() };
         let text = describe(&keyspace(Phase::Ready, None), Some(&topology), 0);
         assert!(text.contains("store-0, (store-1), (store-2: vacant)"), "{text}");

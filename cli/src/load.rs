@@ -13,8 +13,8 @@ use indicatif::ProgressBar;
 use serde_json::json;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
-use vasto_client::hash::partition_hash;
 use vasto_client::env::{Env, endpoint};
+use vasto_client::hash::partition_hash;
 use vasto_client::{Client, Data, Keyspace, Op, Options};
 
 use crate::codec::{self, Datum, Format, Record};
@@ -174,8 +174,15 @@ pub(crate) async fn run(context: &Context, args: Load) -> anyhow::Result<()> {
             "records": records, "expired": expired, "bytes": bytes, "seconds": time.as_secs_f64(),
         }));
     }
-    let skipped = if expired > 0 { format!(" ({} had expired and were left out)", count(expired)) } else { String::new() };
-    eprintln!("loaded {}, {} in {}: {}{skipped}", counted(records, "record"), size(bytes), span(time), rates(records, bytes, time));
+    let skipped =
+        if expired > 0 { format!(" ({} had expired and were left out)", count(expired)) } else { String::new() };
+    eprintln!(
+        "loaded {}, {} in {}: {}{skipped}",
+        counted(records, "record"),
+        size(bytes),
+        span(time),
+        rates(records, bytes, time)
+    );
     Ok(())
 }
 
@@ -317,7 +324,11 @@ fn job(line: u64, record: Record, bytes: usize) -> Job {
 }
 
 /// Sends batches one after the other; after a failure it only takes the rest in.
-async fn lane(keyspace: Keyspace, mut jobs: mpsc::Receiver<Vec<Job>>, progress: std::sync::Arc<Progress>) -> Option<Stop> {
+async fn lane(
+    keyspace: Keyspace,
+    mut jobs: mpsc::Receiver<Vec<Job>>,
+    progress: std::sync::Arc<Progress>,
+) -> Option<Stop> {
     let mut stop: Option<Stop> = None;
     while let Some(batch) = jobs.recv().await {
         // What stands before the first failed line is still to be loaded, wherever it failed.
@@ -357,11 +368,8 @@ mod tests {
 
     /// Runs the reader over a text with one lane; what it dealt out, and its end.
     fn dealt(format: Format, text: &str) -> (Vec<Vec<u64>>, Outcome) {
-        let progress = Progress {
-            bar: ProgressBar::hidden(),
-            records: 0.into(),
-            failed: tokio::sync::watch::Sender::new(None),
-        };
+        let progress =
+            Progress { bar: ProgressBar::hidden(), records: 0.into(), failed: tokio::sync::watch::Sender::new(None) };
         let (sender, mut batches) = mpsc::channel(100);
         let input = Box::new(std::io::Cursor::new(text.as_bytes().to_vec()));
         let done = read(input, format, 1, 1000, &[sender], &progress);
@@ -374,7 +382,8 @@ mod tests {
 
     #[test]
     fn a_bad_line_is_named_and_those_before_it_are_loaded() {
-        let (lines, done) = dealt(Format::Jsonl, "{\"key\":\"a\",\"value\":\"1\"}\n\nnonsense\n{\"key\":\"b\",\"value\":\"1\"}\n");
+        let (lines, done) =
+            dealt(Format::Jsonl, "{\"key\":\"a\",\"value\":\"1\"}\n\nnonsense\n{\"key\":\"b\",\"value\":\"1\"}\n");
         assert_eq!(lines, [[1]]);
         let stop = done.stop.unwrap();
         assert_eq!((stop.line, code_of(&stop.error)), (3, Code::Refused));

@@ -124,8 +124,9 @@ fn logs(global: &Global, command: &Command) -> anyhow::Result<()> {
     let usual = if command.is_server() { "info" } else { "warn" };
     let from_environment = || std::env::var("RUST_LOG").ok().filter(|f| !f.is_empty());
     let filter = global.log.clone().or_else(from_environment).unwrap_or_else(|| usual.to_string());
-    let filter = EnvFilter::try_new(&filter)
-        .map_err(|e| fault(Code::Usage, format!("the log filter {filter:?}: {e}; write it like info or vasto_store=debug")))?;
+    let filter = EnvFilter::try_new(&filter).map_err(|e| {
+        fault(Code::Usage, format!("the log filter {filter:?}: {e}; write it like info or vasto_store=debug"))
+    })?;
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)

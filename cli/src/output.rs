@@ -56,12 +56,12 @@ pub(crate) fn paint(text: &str, color: Color) -> String {
 }
 
 /// Columns under headings, as kubectl prints them; ends in a newline.
-pub(crate) fn table<R: IntoIterator<Item = String>>(
-    headings: &[&str],
-    rows: impl IntoIterator<Item = R>,
-) -> String {
+pub(crate) fn table<R: IntoIterator<Item = String>>(headings: &[&str], rows: impl IntoIterator<Item = R>) -> String {
     let mut table = Table::new();
-    table.load_style(NOTHING).set_content_arrangement(ContentArrangement::Disabled).set_header(headings.iter().copied());
+    table
+        .load_style(NOTHING)
+        .set_content_arrangement(ContentArrangement::Disabled)
+        .set_header(headings.iter().copied());
     for row in rows {
         table.add_row(row);
     }

@@ -2,18 +2,21 @@
 //! it, and starts one anew when it fails.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io::ErrorKind;
 use std::path::PathBuf;
 use std::process::Stdio;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
+use futures::future::BoxFuture;
 use tokio::process::Command;
 use tokio::sync::Mutex;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 use vasto_client::Env;
+use vasto_operator::local::{BoxError, StoreRunner};
 
 use crate::exit::one_line;
 use crate::listen::listen_as_before;
@@ -67,38 +70,6 @@ impl Runner {
         Arc::new(Self { setting, stores: Mutex::default(), stop: CancellationToken::new() })
     }
 
-    /// Starts those of these stores that don't run.
-    pub(crate) async fn ensure(&self, names: BTreeSet<String>) {
-        let mut stores = self.stores.lock().await;
-        if self.stop.is_cancelled() {
-            return;
-        }
-        for name in names {
-            if !stores.contains_key(&name) {
-                let stop = self.stop.child_token();
-                let task = tokio::spawn(supervise(name.clone(), self.setting.clone(), stop.clone()));
-                stores.insert(name, Running { stop, task });
-            }
-        }
-    }
-
-    /// Stops a store that holds nothing any longer, and deletes its folder.
-    pub(crate) async fn remove(&self, name: &str) {
-        let mut stores = self.stores.lock().await;
-        if let Some(running) = stores.remove(name) {
-            running.stop.cancel();
-            let _ = running.task.await;
-        }
-        let folder = self.setting.folder(name);
-        match tokio::fs::remove_dir_all(&folder).await {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                warn!(store = name, folder = %folder.display(), %error, "the folder can't be deleted");
-            }
-            _ => info!(store = name, "removed"),
-        }
-        let _ = tokio::fs::remove_file(self.setting.port_file(name)).await;
-    }
-
     /// Stops all stores, and starts no more.
     pub(crate) async fn stop(&self) {
         self.stop.cancel();
@@ -108,16 +79,59 @@ impl Runner {
     }
 }
 
+impl StoreRunner for Runner {
+    fn existing(&self) -> BoxFuture<'_, Result<Option<BTreeSet<String>>, BoxError>> {
+        Box::pin(async {
+            let folder = &self.setting.data;
+            let found = std::fs::read_dir(folder).map_err(|e| format!("can't read {}: {e}", folder.display()))?;
+            let stores = found.flatten().filter(|entry| entry.path().join("store.json").is_file());
+            Ok(Some(stores.filter_map(|entry| entry.file_name().into_string().ok()).collect()))
+        })
+    }
+
+    fn ensure(&self, names: BTreeSet<String>) -> BoxFuture<'_, Result<(), BoxError>> {
+        Box::pin(async {
+            let mut stores = self.stores.lock().await;
+            if self.stop.is_cancelled() {
+                return Ok(());
+            }
+            for name in names {
+                stores.entry(name).or_insert_with_key(|name| {
+                    let stop = self.stop.child_token();
+                    let task = tokio::spawn(supervise(name.clone(), self.setting.clone(), stop.clone()));
+                    Running { stop, task }
+                });
+            }
+            Ok(())
+        })
+    }
+
+    fn remove(&self, name: String) -> BoxFuture<'_, Result<(), BoxError>> {
+        Box::pin(async move {
+            let mut stores = self.stores.lock().await;
+            if let Some(running) = stores.remove(&name) {
+                running.stop.cancel();
+                let _ = running.task.await;
+            }
+            let folder = self.setting.folder(&name);
+            match std::fs::remove_dir_all(&folder) {
+                Ok(()) => info!(store = name, "removed"),
+                Err(error) if error.kind() == ErrorKind::NotFound => {}
+                Err(error) => return Err(format!("can't delete {}: {error}", folder.display()).into()),
+            }
+            let _ = std::fs::remove_file(self.setting.port_file(&name));
+            Ok(())
+        })
+    }
+}
+
 /// Runs a store until it is to stop; after a failure, again.
 async fn supervise(name: String, setting: Setting, stop: CancellationToken) {
     let mut rest = Duration::from_millis(100);
     loop {
         let start = Instant::now();
-        let ended = if setting.processes {
-            child(&name, &setting, &stop).await
-        } else {
-            task(&name, &setting, &stop).await
-        };
+        let ended =
+            if setting.processes { child(&name, &setting, &stop).await } else { task(&name, &setting, &stop).await };
         if stop.is_cancelled() {
             if let Err(error) = ended {
                 warn!(store = name, error = one_line(&error), "did not stop cleanly");
@@ -139,7 +153,6 @@ async fn supervise(name: String, setting: Setting, stop: CancellationToken) {
 }
 
 async fn task(name: &str, setting: &Setting, stop: &CancellationToken) -> anyhow::Result<()> {
-    tokio::fs::create_dir_all(&setting.data).await?;
     let listener = listen_as_before(&format!("store {name}"), &setting.port_file(name)).await?;
     let options = vasto_store::Options::new(name, setting.folder(name), setting.operator.clone());
     // A task of its own, so that a panic in it is one more failure; a token of
@@ -150,7 +163,6 @@ async fn task(name: &str, setting: &Setting, stop: &CancellationToken) -> anyhow
 }
 
 async fn child(name: &str, setting: &Setting, stop: &CancellationToken) -> anyhow::Result<()> {
-    tokio::fs::create_dir_all(&setting.data).await?;
     let program = std::env::current_exe().context("can't tell where this program is")?;
     let mut command = Command::new(&program);
     command.arg("store").args(["--name", name, "--operator", &setting.operator, "--until-input-ends"]);

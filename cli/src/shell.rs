@@ -14,15 +14,14 @@ use rustyline::history::DefaultHistory;
 use rustyline::{CompletionType, Config, Editor, Helper, Highlighter, Hinter, Validator};
 use tokio::runtime::Runtime;
 
+use crate::Cli;
 use crate::context::{Context, Global};
 use crate::exit::{Code, code_of, one_line};
 use crate::output::{emit, paint};
-use crate::Cli;
 
 /// Commands whose first argument is a keyspace, which `use` fills in.
-const IN_KEYSPACE: [&str; 13] = [
-    "put", "get", "delete", "scan", "add", "append", "max", "min", "load", "dump", "check", "locate", "bench",
-];
+const IN_KEYSPACE: [&str; 13] =
+    ["put", "get", "delete", "scan", "add", "append", "max", "min", "load", "dump", "check", "locate", "bench"];
 /// Commands that run until stopped, or would start a shell in the shell.
 const OUTSIDE: [&str; 4] = ["up", "operator", "store", "shell"];
 /// Words of the shell's own.
@@ -125,7 +124,11 @@ pub(crate) fn run(runtime: &Runtime, global: Global) -> anyhow::Result<Code> {
         }
         let _ = editor.load_history(path); // there is none at first
     }
-    println!("vasto {}, operator {}. help lists the commands; exit ends.", env!("CARGO_PKG_VERSION"), session.context.global.operator);
+    println!(
+        "vasto {}, operator {}. help lists the commands; exit ends.",
+        env!("CARGO_PKG_VERSION"),
+        session.context.global.operator
+    );
     let (context, files) = (Context::new(global, true), FilenameCompleter::new());
     editor.set_helper(Some(Prompt { runtime, context, keyspace_in_use: false, files }));
     loop {
@@ -220,7 +223,11 @@ impl Session<'_> {
 fn help() -> String {
     let mut text = String::from("Commands (help COMMAND says more):\n");
     for command in Cli::command().get_subcommands().filter(|c| !OUTSIDE.contains(&c.get_name()) && !c.is_hide_set()) {
-        text += &format!("  {:<10}{}\n", command.get_name(), command.get_about().map(|a| a.to_string()).unwrap_or_default());
+        text += &format!(
+            "  {:<10}{}\n",
+            command.get_name(),
+            command.get_about().map(|a| a.to_string()).unwrap_or_default()
+        );
     }
     text += "  use       Stay in a keyspace: commands then leave its name out. Alone: leave it\n";
     text += "  exit      End the shell\n\nWords may stand in quotes. --output json and the like work on each line.\n";
@@ -275,7 +282,8 @@ fn expected(before: &[&str], word: &str, keyspace_in_use: bool) -> Expected {
         return Expected::Words(longs.filter_map(|a| Some(format!("--{}", a.get_long()?))).collect());
     }
     let takes_value = |flag: &&str| {
-        let argument = command.get_arguments().find(|a| a.get_long().is_some_and(|l| flag.strip_prefix("--") == Some(l)));
+        let argument =
+            command.get_arguments().find(|a| a.get_long().is_some_and(|l| flag.strip_prefix("--") == Some(l)));
         argument.is_some_and(|a| a.get_action().takes_values())
     };
     if let Some(flag) = rest.last().filter(|w| takes_value(w)) {
@@ -296,7 +304,12 @@ fn expected(before: &[&str], word: &str, keyspace_in_use: bool) -> Expected {
 impl Completer for Prompt<'_> {
     type Candidate = Pair;
 
-    fn complete(&self, line: &str, pos: usize, editor: &rustyline::Context<'_>) -> rustyline::Result<(usize, Vec<Pair>)> {
+    fn complete(
+        &self,
+        line: &str,
+        pos: usize,
+        editor: &rustyline::Context<'_>,
+    ) -> rustyline::Result<(usize, Vec<Pair>)> {
         let typed = &line[..pos];
         let start = typed.rfind(char::is_whitespace).map_or(0, |at| at + 1);
         let (before, word) = typed.split_at(start);
@@ -305,10 +318,11 @@ impl Completer for Prompt<'_> {
             Expected::Words(words) => words,
             Expected::Keyspace => {
                 // A prompt that hangs is worse than one that completes nothing.
-                let names = crate::keyspace::names(&self.context);
                 let wait = Duration::from_millis(500);
-                let names = self.runtime.block_on(async { tokio::time::timeout(wait, names).await });
-                names.ok().and_then(Result::ok).unwrap_or_default()
+                let all = crate::keyspace::all(&self.context);
+                let all = self.runtime.block_on(async { tokio::time::timeout(wait, all).await });
+                let all = all.ok().and_then(Result::ok).unwrap_or_default();
+                all.iter().map(|k| k.name().to_string()).collect()
             }
             Expected::File => return self.files.complete(line, pos, editor),
             Expected::Anything => Vec::new(),
@@ -317,7 +331,6 @@ impl Completer for Prompt<'_> {
         Ok((start, matching.map(|c| Pair { display: c.clone(), replacement: format!("{c} ") }).collect()))
     }
 }
-
 
 #[cfg(test)]
 mod tests {

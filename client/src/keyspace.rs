@@ -419,7 +419,7 @@ impl Keyspace {
         for (op, tried) in ops.iter().zip(&mut tries) {
             let outcome = match (op, tried) {
                 (Err(error), _) => Some(Err(error.clone())),
-                (Ok(op), Some(tried)) => self.first(op, tried).await.map(Ok),
+                (Ok(op), Some(tried)) => self.first(op, tried, start + op.deadline).await.map(Ok),
                 (Ok(_), None) => None,
             };
             answers.push(outcome);
@@ -472,9 +472,9 @@ impl Keyspace {
     }
 
     /// Waits for the answer of a first try; `None`: it needs more than that.
-    async fn first(&self, op: &Prepared, tried: &mut Try) -> Option<Outcome> {
+    async fn first(&self, op: &Prepared, tried: &mut Try, deadline: Instant) -> Option<Outcome> {
         let ticket = tried.ticket.as_mut().ok()?;
-        match timeout_at(tried.until, ticket).await.ok()? {
+        match timeout_at(tried.until.min(deadline), ticket).await.ok()? {
             Ok(Some(result)) if !matches!(result, answer::Result::Failure(_)) => {
                 let outcome = self.outcome(op, tried, result);
                 // `drive` says that it does not fit.

@@ -205,16 +205,19 @@ impl Shared {
 
     /// Ends the connection: nothing of it will be answered.
     fn broke(&self, reason: &str, closed: bool, pause: Duration) {
-        let (queue, flights) = {
+        let (queue, flights, sender) = {
             let mut state = self.state();
             state.connection += 1;
             state.connected = false;
             state.closed = closed;
-            state.sender = None;
             state.queued_bytes = 0;
             self.suspect_until(&mut state, Some(Instant::now() + pause));
-            (std::mem::take(&mut state.queue), std::mem::take(&mut state.flights))
+            (std::mem::take(&mut state.queue), std::mem::take(&mut state.flights), state.sender.take())
         };
+        // So that it sees that it is over, and lets go of the connection.
+        if let Some(sender) = sender {
+            sender.wake();
+        }
         let reason: Arc<str> = reason.into();
         for queued in queue {
             let _ = queued.flight.reply.send(Err(Broken { sent: false, reason: reason.clone() }));

@@ -155,7 +155,7 @@ async fn a_merge_whose_answer_is_lost_is_unknown_and_not_repeated() {
     cluster.gauge(0).set(Mode::Break);
     // The first store is suspect and asked last until it has answered again.
     cluster.gauge(1).set(Mode::Break);
-    let answers = map.batch([Op::put("a", "1"), Op::add("n", 1.0)]).await;
+    let answers = map.batch([Op::put("a", "1").with(short(300)), Op::add("n", 1.0)]).await;
     assert_eq!(answers[1].as_ref().unwrap_err().code(), Code::Unknown);
     assert_eq!(answers[0].as_ref().unwrap_err().code(), Code::Unavailable);
     assert_eq!(merges(0) + merges(1), 2);

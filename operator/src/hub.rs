@@ -215,10 +215,11 @@ impl Hub {
         if old.is_some_and(|old| old.topology.version >= topology.version) {
             return;
         }
+        let published = old.and_then(|old| old.published.clone());
         index.serial += 1;
         let committed = Committed {
             stores: topology.stores().into_iter().map(str::to_owned).collect(),
-            published: old.and_then(|old| old.published.clone()),
+            published,
             serial: index.serial,
             update: index.encode_for_stores(&topology),
             topology,

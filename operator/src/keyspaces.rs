@@ -27,7 +27,8 @@ impl KeyspacesService {
     }
 
     async fn change(&self, change: Change) -> Result<Response<Resource>, Status> {
-        Ok(Response::new(resource(&self.handle.change(change).await?)))
+        let changed = self.handle.change(change).await?;
+        Ok(Response::new(resource(&changed)))
     }
 }
 

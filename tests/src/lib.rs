@@ -1,1 +1,7 @@
-//! tests
+//! What the tiers share: clusters of real processes, and the oracle that knows
+//! for each key what may be read.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+pub mod cluster;
+pub mod oracle;
+pub mod packages;

@@ -11,7 +11,8 @@ use super::{Call, keep};
 
 /// Fills shards that nobody has. True: the topology changed, or the change has to wait for it.
 pub(super) fn step(t: &mut Topology, call: &mut Call<'_>) -> bool {
-    let Some(current) = t.current.clone() else { return false };
+    // After a cancelled change there is nothing to end; the next one fills them.
+    let Some(current) = t.current.clone().filter(|_| t.previous.is_some()) else { return false };
     let empty: Vec<u32> = (0..current.size()).filter(|shard| hollow(&current, *shard)).collect();
     if empty.is_empty() {
         return t.next.take().is_some();
@@ -23,26 +24,20 @@ pub(super) fn step(t: &mut Topology, call: &mut Call<'_>) -> bool {
     }
     let mut filled = current.clone();
     for shard in &empty {
+        // One each: two that begin from nothing would wait for one another.
         for place in &mut filled.shards[*shard as usize].replicas {
             place.replica = keep::candidate(t, call.seen, &place.store, *shard).unwrap_or(0);
-            if place.replica == 0 {
-                call.wait(Wait::NotMade { store: place.store.clone(), shard: *shard });
+            if place.replica != 0 {
+                break;
             }
+            call.wait(Wait::NotMade { store: place.store.clone(), shard: *shard });
         }
     }
     let taken: Vec<u64> = filled.places().map(|p| p.assignment.replica).filter(|id| *id != 0).collect();
     t.given_up.retain(|g| !taken.contains(&g.replica));
-    if !taken_all(&filled) {
-        t.next = Some(request(&filled));
-    } else {
-        t.next = None;
-    }
+    t.next = (0..filled.size()).any(|shard| hollow(&filled, shard)).then(|| request(&filled));
     t.current = Some(filled);
     true
-}
-
-fn taken_all(view: &View) -> bool {
-    (0..view.size()).all(|shard| !hollow(view, shard))
 }
 
 /// What stores are to make. It names the empty shards alone, and never an id: stores make candidates

@@ -433,7 +433,7 @@ impl Sim {
         let position = replica.positions.get(source_id).filter(|p| p.0 == source.epoch).map(|p| p.1);
         match position {
             Some(at) if replica.born => {
-                let to = (at + most).min(end);
+                let to = at.saturating_add(most).min(end);
                 for w in source.log[at..to].iter().filter(|w| source.has.contains(w) && ships(w)) {
                     learn(replica, *w);
                 }

@@ -1,0 +1,61 @@
+//! A keyspace grows, shrinks, changes its replication factor and has a store
+//! replaced while it is written and read: nothing fails, nothing is lost.
+
+use std::time::Instant;
+
+use vasto_tests::cluster::Cluster;
+use vasto_tests::oracle::Load;
+use vasto_tests::packages;
+
+fn document(shards: u32, replication_factor: u32) -> String {
+    format!(
+        "apiVersion: vasto.io/v1alpha1\nkind: Keyspace\nmetadata:\n  name: packages\n\
+         spec:\n  shards: {shards}\n  replicationFactor: {replication_factor}\n"
+    )
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_small_keyspace_grows_and_shrinks() {
+    let cluster = Cluster::start(5, &document(3, 2));
+    cluster.settled("packages", 3, 2, 30).await;
+    let keys = (0..2_000).map(|i| (format!("key-{i}"), format!("text-{i}"))).collect();
+    let mut load = Load::fill(cluster.keyspace("packages").await, keys, true).await;
+    load.run(4, 4);
+    for (shards, rf) in [(5, 2), (2, 2), (4, 2), (4, 3), (4, 1), (4, 2)] {
+        let start = Instant::now();
+        cluster.scale("packages", shards, rf).await;
+        cluster.settled("packages", shards, rf, 60).await;
+        println!("to {shards} shards, factor {rf}: {:?}", start.elapsed());
+    }
+    load.stop().await;
+    load.verify().await;
+    let (code, out, err) = cluster.run(&["check", "packages"]);
+    assert_eq!(code, 0, "{out}{err}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_debian_package_index_stays_whole_through_every_change() {
+    let packages = packages::debian();
+    let cluster = Cluster::start(6, &document(3, 2));
+    cluster.settled("packages", 3, 2, 30).await;
+    let start = Instant::now();
+    let bytes: usize = packages.iter().map(|(k, v)| k.len() + v.len()).sum();
+    let count = packages.len();
+    let mut load = Load::fill(cluster.keyspace("packages").await, packages, true).await;
+    println!("loaded {count} records, {} MB, in {:?}", bytes >> 20, start.elapsed());
+    load.run(8, 8);
+    tokio::time::sleep(std::time::Duration::from_secs(2)).await;
+    println!("{:<22} {:>8} {:>10} {:>10}", "step", "seconds", "p99 before", "p99 during");
+    for (shards, rf) in [(5, 2), (2, 2), (4, 2), (4, 3), (4, 1), (4, 2)] {
+        let before = load.p99_ms();
+        let start = Instant::now();
+        cluster.scale("packages", shards, rf).await;
+        cluster.settled("packages", shards, rf, 180).await;
+        let seconds = start.elapsed().as_secs_f64();
+        println!("{:<22} {seconds:>8.1} {before:>10.1} {:>10.1}", format!("{shards} shards, factor {rf}"), load.p99_ms());
+    }
+    load.stop().await;
+    load.verify().await;
+    let (code, out, err) = cluster.run(&["check", "packages"]);
+    assert_eq!(code, 0, "{out}{err}");
+}

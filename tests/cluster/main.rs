@@ -1,0 +1,4 @@
+//! The cluster tier: real processes on loopback, real RocksDB, SIGKILL.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod changes;

@@ -1,0 +1,263 @@
+//! A cluster of real processes on loopback: an operator and its stores, each of
+//! which can be killed and started again on its own.
+
+use std::collections::BTreeMap;
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use vasto_client::v1::keyspaces_client::KeyspacesClient;
+use vasto_client::v1::{DescribeRequest, ReplaceRequest, ScaleRequest};
+use vasto_client::{Client, Keyspace};
+
+/// The binary that `cargo build --workspace` made beside this test.
+pub fn vasto() -> PathBuf {
+    let mut folder = std::env::current_exe().unwrap();
+    folder.pop();
+    if folder.ends_with("deps") {
+        folder.pop();
+    }
+    let vasto = folder.join("vasto");
+    assert!(vasto.exists(), "{} is missing: run `cargo build --workspace` first (./dev test does)", vasto.display());
+    vasto
+}
+
+fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+/// Processes that end with this value.
+pub struct Cluster {
+    folder: tempfile::TempDir,
+    operator_port: u16,
+    ports: BTreeMap<String, u16>,
+    operator: Option<Child>,
+    stores: BTreeMap<String, Child>,
+}
+
+impl Cluster {
+    /// Starts an operator for this Keyspace document, and `store-0` to `store-(stores-1)`.
+    pub fn start(stores: u32, document: &str) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("keyspace.yaml"), document).unwrap();
+        let ports = (0..stores).map(|i| (format!("store-{i}"), free_port())).collect();
+        let mut cluster =
+            Self { folder, operator_port: free_port(), ports, operator: None, stores: BTreeMap::new() };
+        cluster.start_operator();
+        for name in cluster.store_names() {
+            cluster.start_store(&name);
+        }
+        cluster
+    }
+
+    /// The folder of everything.
+    pub fn path(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// All stores, running or not.
+    pub fn store_names(&self) -> Vec<String> {
+        self.ports.keys().cloned().collect()
+    }
+
+    /// `host:port` of the operator.
+    pub fn operator_address(&self) -> String {
+        format!("127.0.0.1:{}", self.operator_port)
+    }
+
+    fn spawn(&self, name: &str, args: &[&str]) -> Child {
+        let log = std::fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(self.folder.path().join(format!("{name}.log")))
+            .unwrap();
+        Command::new(vasto())
+            .args(args)
+            .env("RUST_LOG", std::env::var("VASTO_TEST_LOG").unwrap_or_else(|_| "info".into()))
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().unwrap())
+            .stderr(log)
+            .spawn()
+            .unwrap()
+    }
+
+    /// Starts the operator where it isn't running.
+    pub fn start_operator(&mut self) {
+        if self.operator.is_none() {
+            let folder = self.folder.path().join("operator").display().to_string();
+            let file = self.folder.path().join("keyspace.yaml").display().to_string();
+            let listen = self.operator_address();
+            self.operator =
+                Some(self.spawn("operator", &["operator", "--local", &folder, "-f", &file, "--listen", &listen]));
+        }
+    }
+
+    /// Starts a store where it isn't running.
+    pub fn start_store(&mut self, name: &str) {
+        if !self.stores.contains_key(name) {
+            let data = self.folder.path().join(name).display().to_string();
+            let listen = format!("127.0.0.1:{}", self.ports[name]);
+            let operator = self.operator_address();
+            let args = ["--operator", &operator, "store", "--name", name, "--data", &data, "--listen", &listen];
+            let child = self.spawn(name, &args);
+            self.stores.insert(name.to_owned(), child);
+        }
+    }
+
+    /// SIGKILL.
+    pub fn kill_operator(&mut self) {
+        if let Some(mut child) = self.operator.take() {
+            child.kill().unwrap();
+            child.wait().unwrap();
+        }
+    }
+
+    /// SIGKILL.
+    pub fn kill_store(&mut self, name: &str) {
+        if let Some(mut child) = self.stores.remove(name) {
+            child.kill().unwrap();
+            child.wait().unwrap();
+        }
+    }
+
+    /// SIGKILL of all, then a start of all.
+    pub fn crash(&mut self) {
+        self.kill_operator();
+        for name in self.store_names() {
+            self.kill_store(&name);
+        }
+        self.start_operator();
+        for name in self.store_names() {
+            self.start_store(&name);
+        }
+    }
+
+    /// A new client of this cluster.
+    pub fn client(&self) -> Client {
+        Client::connect(&self.operator_address()).unwrap()
+    }
+
+    /// The keyspace, once it is there.
+    pub async fn keyspace(&self, name: &str) -> Keyspace {
+        let deadline = Instant::now() + Duration::from_secs(30);
+        loop {
+            match self.client().keyspace(name).await {
+                Ok(keyspace) => return keyspace,
+                Err(error) => assert!(Instant::now() < deadline, "keyspace {name}: {error}\n{}", self.tail()),
+            }
+        }
+    }
+
+    async fn admin(&self) -> KeyspacesClient<tonic::transport::Channel> {
+        self.client().keyspaces().unwrap()
+    }
+
+    /// The resource, spec and status.
+    pub async fn describe(&self, name: &str) -> Option<Value> {
+        let mut admin = self.admin().await;
+        let request = DescribeRequest { name: name.to_owned(), watch: false };
+        let mut stream = admin.describe(request).await.ok()?.into_inner();
+        let resource = stream.message().await.ok()??;
+        serde_json::from_str(&resource.json).ok()
+    }
+
+    /// Asks for another size, again while the operator is away.
+    pub async fn scale(&self, name: &str, shards: u32, replication_factor: u32) {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        loop {
+            let request = ScaleRequest { name: name.to_owned(), shards, replication_factor };
+            match self.admin().await.scale(request).await {
+                Ok(_) => return,
+                Err(status) => assert!(Instant::now() < deadline, "scale: {status}"),
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
+    /// Asks for a store to be emptied and filled anew.
+    pub async fn replace(&self, name: &str, store: &str) {
+        let request =
+            ReplaceRequest { name: name.to_owned(), store: store.to_owned(), accept_data_loss: false };
+        self.admin().await.replace(request).await.unwrap();
+    }
+
+    /// The phase that status names, such as `Stable`.
+    pub async fn phase(&self, name: &str) -> Option<String> {
+        let resource = self.describe(name).await?;
+        resource.pointer("/status/phase")?.as_str().map(str::to_owned)
+    }
+
+    /// Waits until the resource is as wanted.
+    pub async fn wait_for(&self, name: &str, what: &str, seconds: u64, wanted: impl Fn(&Value) -> bool) -> Duration {
+        let start = Instant::now();
+        let mut last = Value::Null;
+        loop {
+            if let Some(resource) = self.describe(name).await {
+                if wanted(&resource) {
+                    return start.elapsed();
+                }
+                last = resource;
+            }
+            if start.elapsed() > Duration::from_secs(seconds) {
+                let status = last.pointer("/status").cloned().unwrap_or_default();
+                panic!("{what}: not within {seconds} s; status {status:#}\n{}", self.tail());
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// Waits until nothing is changing and the committed size is this.
+    pub async fn settled(&self, name: &str, shards: u32, replication_factor: u32, seconds: u64) -> Duration {
+        let what = format!("{name} at {shards} shards, replication factor {replication_factor}");
+        self.wait_for(name, &what, seconds, |resource| {
+            let status = |path: &str| resource.pointer(&format!("/status/{path}"));
+            let generation = resource.pointer("/metadata/generation");
+            status("phase").and_then(Value::as_str) == Some("Stable")
+                && status("shards").and_then(Value::as_u64) == Some(u64::from(shards))
+                && status("replicas").and_then(Value::as_u64) == Some(u64::from(shards * replication_factor))
+                && status("readyReplicas") == status("replicas")
+                && status("observedGeneration") == generation
+        })
+        .await
+    }
+
+    /// The ends of all logs, for a failed test.
+    pub fn tail(&self) -> String {
+        let mut text = String::new();
+        for name in self.store_names().into_iter().chain(["operator".to_owned()]) {
+            let log = std::fs::read_to_string(self.folder.path().join(format!("{name}.log"))).unwrap_or_default();
+            let lines: Vec<&str> = log.lines().collect();
+            text += &format!("--- {name}\n{}\n", lines[lines.len().saturating_sub(15)..].join("\n"));
+        }
+        text
+    }
+
+    /// Runs the binary against this cluster: (exit code, stdout, stderr).
+    pub fn run(&self, args: &[&str]) -> (i32, String, String) {
+        run(&[&["--operator", &self.operator_address()], args].concat())
+    }
+}
+
+/// Runs the binary: (exit code, stdout, stderr).
+pub fn run(args: &[&str]) -> (i32, String, String) {
+    let output = Command::new(vasto()).args(args).stdin(Stdio::null()).output().unwrap();
+    (
+        output.status.code().unwrap_or(-1),
+        String::from_utf8_lossy(&output.stdout).into_owned(),
+        String::from_utf8_lossy(&output.stderr).into_owned(),
+    )
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        self.kill_operator();
+        for name in self.store_names() {
+            self.kill_store(&name);
+        }
+        if std::thread::panicking() {
+            eprintln!("{}", self.tail());
+        }
+    }
+}
