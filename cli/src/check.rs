@@ -212,7 +212,7 @@ pub(crate) async fn run(context: &Context, args: Check) -> anyhow::Result<()> {
     if context.json() {
         emit_json(&json_report(topology.phase(), &replicas, &findings, wrong, vacant))?;
     } else {
-        emit(text_report(topology.phase(), &replicas, &findings, args.show))?;
+        emit(text_report(topology.phase(), &replicas, &findings, vacant, args.show))?;
     }
     if wrong > 0 {
         return Err(fault(Code::Differences, format!("{} wrong in {:?}", counted(wrong, "key"), args.keyspace)));
@@ -363,7 +363,7 @@ fn wrong_text(wrong: &Wrong, shard: u32, replicas: &[Replica]) -> String {
     }
 }
 
-fn text_report(phase: Phase, replicas: &[Replica], findings: &[Finding], show: usize) -> String {
+fn text_report(phase: Phase, replicas: &[Replica], findings: &[Finding], vacant: u64, show: usize) -> String {
     let mut text = table(
         &["SHARD", "STORE", "REPLICA", "RECORDS", "COLLECTABLE", "STATE"],
         replicas.iter().map(|r| {
@@ -384,6 +384,9 @@ fn text_report(phase: Phase, replicas: &[Replica], findings: &[Finding], show: u
     );
     if phase != Phase::Stable {
         text += &format!("a change is under way ({}): foreign keys were not looked for\n", phase.as_str_name());
+    }
+    if vacant > 0 {
+        text += &format!("{} not made yet\n", counted(vacant, "replica"));
     }
     for finding in findings.iter().take(show) {
         let wrong = wrong_text(&finding.wrong, finding.shard, replicas);

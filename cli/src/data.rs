@@ -5,18 +5,16 @@ use std::io::{IsTerminal, Read, Write};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::time::{Duration, UNIX_EPOCH};
 
+use anyhow::Context as _;
 use bytes::Bytes;
 use clap::Args;
 use futures::TryStreamExt;
-use vasto_client::{Data, Entry, Options, ScanOptions, Value};
+use vasto_client::{Data, Entry, MAX_VALUE, Options, ScanOptions, Value};
 
 use crate::codec::{self, Datum, Format, Partition, Record, number_text};
 use crate::context::{Context, parse_duration};
 use crate::exit::{Code, fault};
 use crate::output::{Output, emit, emit_line, quoted, visible};
-
-/// The longest value that a store takes; standard input is not read much further.
-const LONGEST_VALUE: u64 = 8 << 20;
 
 /// A key on the command line.
 #[derive(Args, Clone, Debug)]
@@ -247,8 +245,12 @@ fn stdin(context: &Context, what: &str) -> anyhow::Result<Bytes> {
         return Err(fault(Code::Usage, format!("in the shell {what} must be given; quote it if it has spaces")));
     }
     let mut bytes = Vec::new();
-    // One more than fits, so that the store's own words refuse it, and no more.
-    std::io::stdin().lock().take(LONGEST_VALUE + 1).read_to_end(&mut bytes)?;
+    let read = std::io::stdin().lock().take(MAX_VALUE as u64 + 1).read_to_end(&mut bytes);
+    read.context("can't read standard input")?;
+    if bytes.len() > MAX_VALUE {
+        let message = format!("standard input has more than {MAX_VALUE} bytes (8 MiB), the most that a value may have");
+        return Err(fault(Code::Refused, message));
+    }
     Ok(bytes.into())
 }
 

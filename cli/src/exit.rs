@@ -9,8 +9,8 @@ Exit codes:
   0  done
   1  another failure
   2  wrong use of the command line
-  3  not found: the key, the keyspace or the store
-  4  refused: it is not valid, is over a limit, or does not fit what is there
+  3  not found: the key or the keyspace
+  4  refused: not valid, over a limit, no room for it, or it does not fit what is there
   5  unavailable: the operator or the stores did not answer in time
   6  unknown: whether an add, append, max or min took place
   7  differences found (check)";
@@ -75,6 +75,10 @@ pub(crate) fn code_of(error: &anyhow::Error) -> Code {
         if cause.is::<vasto_crds::Error>() {
             return Code::Refused;
         }
+        if let Some(error) = cause.downcast_ref::<vasto_operator::local::Error>() {
+            use vasto_operator::local::Error as E;
+            return if matches!(error, E::Keyspace(_) | E::Twice { .. }) { Code::Refused } else { Code::Failure };
+        }
         // `vasto scan | head` is no failure.
         if cause.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == ErrorKind::BrokenPipe) {
             return Code::Ok;
@@ -105,9 +109,9 @@ pub(crate) fn client_code(code: vasto_client::Code) -> Code {
     use vasto_client::Code as C;
     match code {
         C::Missing => Code::NotFound,
-        C::Invalid | C::Mismatch => Code::Refused,
+        C::Invalid | C::Mismatch | C::NoSpace => Code::Refused,
         C::Unknown => Code::Unknown,
-        C::Overloaded | C::NoSpace | C::Unavailable | C::Deadline => Code::Unavailable,
+        C::Overloaded | C::Unavailable | C::Deadline => Code::Unavailable,
     }
 }
 

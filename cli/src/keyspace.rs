@@ -2,10 +2,10 @@
 
 use std::io::{IsTerminal, Read};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use clap::{Args, Subcommand};
+use clap::{ArgGroup, Args, Subcommand};
 use serde_json::{Value, json};
 use vasto_client::Compacted;
 use vasto_client::v1::{
@@ -58,7 +58,7 @@ pub(crate) enum Verb {
 
 /// Arguments of `vasto keyspace scale`.
 #[derive(Args, Debug)]
-#[group(id = "sizes", required = true, multiple = true, args = ["shards", "replication_factor"])]
+#[command(group(ArgGroup::new("sizes").required(true).multiple(true).args(["shards", "replication_factor"])))]
 pub(crate) struct Scale {
     /// The keyspace's name.
     name: String,
@@ -295,13 +295,14 @@ async fn follow(context: &Context, name: &str, done: impl Fn(&Keyspace) -> bool)
                     if context.json() {
                         emit_line(json.to_string())?;
                     } else {
-                        if let Some(line) = tracker.next(&keyspace, std::time::Instant::now()) {
+                        let now = Instant::now();
+                        if let Some(line) = tracker.next(&keyspace, now) {
                             bar.suspend(|| emit_line(line))?;
                         }
                         let line = tracker.line(&keyspace);
                         if bars {
                             show(&bar, &keyspace, &line);
-                        } else if tracker.is_news(&line) {
+                        } else if tracker.is_news(&line, now) {
                             emit_line(&line)?;
                         }
                     }

@@ -7,7 +7,7 @@ use crossterm::style::Color;
 use vasto_client::v1::Topology;
 use vasto_crds::{Keyspace, KeyspaceStatus, Phase, Progress};
 
-use crate::output::{count, paint, size, span, table};
+use crate::output::{count, counted, paint, size, span, table};
 
 /// The columns that `kubectl get keyspaces` has.
 pub(crate) fn list<'a>(keyspaces: impl Iterator<Item = &'a Keyspace>, now_ms: u64) -> String {
@@ -158,9 +158,10 @@ fn progress_text(progress: &Progress) -> String {
 #[derive(Default)]
 pub(crate) struct Tracker {
     phase: Option<(Phase, Instant)>,
-    /// The last that was said of the phase under way.
-    progress: String,
-    printed: String,
+    /// The most records and bytes that were seen done in this phase: as stores finish, they no longer report them.
+    records: u64,
+    bytes: u64,
+    printed: Option<(String, Phase, Instant)>,
 }
 
 impl Tracker {
@@ -168,28 +169,25 @@ impl Tracker {
     pub(crate) fn next(&mut self, keyspace: &Keyspace, now: Instant) -> Option<String> {
         let status = keyspace.status.as_ref()?;
         let phase = status.phase?;
-        let ended = match self.phase {
-            Some((before, since)) if before != phase => {
-                self.phase = Some((phase, now));
-                let said = std::mem::take(&mut self.progress);
-                let said = if said.is_empty() { said } else { format!(": {said}") };
-                // A time of rest is no step of a change.
-                (before != Phase::Ready).then(|| format!("{before} took {}{said}", span(now - since)))
+        let (before, since) = *self.phase.get_or_insert((phase, now));
+        let mut ended = None;
+        if before != phase {
+            // A time of rest is no step of a change.
+            if before != Phase::Ready {
+                let mut line = format!("{before} took {}", span(now - since));
+                if self.records > 0 {
+                    let _ = write!(line, ": {}", counted(self.records, "record"));
+                }
+                if self.bytes > 0 {
+                    let _ = write!(line, ", {}", size(self.bytes));
+                }
+                ended = Some(line);
             }
-            Some(_) => None,
-            None => {
-                self.phase = Some((phase, now));
-                None
-            }
-        };
+            (self.phase, self.records, self.bytes) = (Some((phase, now)), 0, 0);
+        }
         if let Some(progress) = &status.progress {
-            let mut settled = progress.clone();
-            // Of a phase that is over, what was left and waited for is not worth telling.
-            (settled.seconds_left, settled.waiting, settled.lag, settled.summary) = (None, None, None, None);
-            let text = progress_text(&settled);
-            if !text.is_empty() {
-                self.progress = text;
-            }
+            self.records = self.records.max(progress.records.unwrap_or(0));
+            self.bytes = self.bytes.max(progress.bytes.unwrap_or(0));
         }
         ended
     }
@@ -212,11 +210,15 @@ impl Tracker {
         line
     }
 
-    /// Whether this line was not the last one printed.
-    pub(crate) fn is_news(&mut self, line: &str) -> bool {
-        let news = self.printed != line;
+    /// Whether a list of states should have this line: a new phase at once, progress once a second.
+    pub(crate) fn is_news(&mut self, line: &str, now: Instant) -> bool {
+        let Some((phase, _)) = self.phase else { return false };
+        let news = match &self.printed {
+            Some((last, before, at)) => *before != phase || (last != line && now - *at >= Duration::from_secs(1)),
+            None => true,
+        };
         if news {
-            self.printed = line.to_string();
+            self.printed = Some((line.to_string(), phase, now));
         }
         news
     }
@@ -259,13 +261,15 @@ mod tests {
         let mut tracker = Tracker::default();
         let start = Instant::now();
         assert_eq!(tracker.next(&state, start), None);
+        assert!(tracker.is_news("a", start));
+        assert!(!tracker.is_news("b", start) && tracker.is_news("b", start + Duration::from_secs(1)));
         assert_eq!(
             tracker.line(&state),
             "Prepare  version 7  shards 3 (changing to 5)  ready 6/6  \
              12,000 of 60,000 records, 9.0 MiB of 45.0 MiB, 12 s left"
         );
         let ended = tracker.next(&keyspace(Phase::Switch, None), start + Duration::from_secs(20));
-        assert_eq!(ended.unwrap(), "Prepare took 20 s: 12,000 of 60,000 records, 9.0 MiB of 45.0 MiB");
+        assert_eq!(ended.unwrap(), "Prepare took 20 s: 12,000 records, 9.0 MiB");
     }
 
     #[test]

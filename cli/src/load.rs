@@ -165,7 +165,7 @@ pub(crate) async fn run(context: &Context, args: Load) -> anyhow::Result<()> {
             0 => "nothing before it was to be loaded".to_string(),
             _ => format!("all lines before it are loaded ({} in all)", counted(records, "record")),
         };
-        let message = format!("line {line}: {}; {before}; --from-line {line} goes on from there", one_line(&error));
+        let message = format!("line {line}: {}; {before}; go on with --from-line {line}", one_line(&error));
         return Err(fault(code_of(&error), message));
     }
     let time = start.elapsed();

@@ -176,5 +176,19 @@ mod tests {
     #[test]
     fn the_command_line_is_well_formed() {
         Cli::command().debug_assert();
+        for (line, fits) in [
+            ("keyspace scale p", false),
+            ("keyspace scale p --shards 5", true),
+            ("keyspace scale p --replication-factor 2", true),
+            ("add p k -5", true),
+            ("put p k", true),
+            ("scan p --limit 3 --output json", true),
+            ("get p k --operator nowhere", false),
+            ("put p k v --ttl 0s", false),
+            ("operator", false),
+        ] {
+            let parsed = Cli::try_parse_from(std::iter::once("vasto").chain(line.split(' ')));
+            assert_eq!(parsed.is_ok(), fits, "{line}");
+        }
     }
 }

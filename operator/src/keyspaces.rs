@@ -60,6 +60,7 @@ impl Keyspaces for KeyspacesService {
     }
 
     async fn list(&self, _: Request<ListRequest>) -> Result<Response<ListResponse>, Status> {
+        self.handle.settled().await;
         let all = self.handle.resources().borrow().clone();
         Ok(Response::new(ListResponse { items: all.values().map(|k| resource(k)).collect() }))
     }
@@ -69,6 +70,9 @@ impl Keyspaces for KeyspacesService {
     async fn describe(&self, request: Request<DescribeRequest>) -> Result<Response<Self::DescribeStream>, Status> {
         let DescribeRequest { name, watch } = request.into_inner();
         let mut resources = self.handle.resources();
+        if !resources.borrow().contains_key(&name) {
+            self.handle.settled().await;
+        }
         let all = resources.borrow_and_update().clone();
         let Some(first) = all.get(&name).cloned() else {
             let existing = all.keys().cloned().collect();

@@ -50,13 +50,6 @@ pub enum Error {
     },
 }
 
-impl Error {
-    /// Whether the disk was full: writes may succeed again later.
-    pub fn is_no_space(&self) -> bool {
-        matches!(self, Self::Rocks { source, .. } if source.as_ref().contains("No space left"))
-    }
-}
-
 /// What all replicas of a process share: memory bounds.
 #[derive(Clone)]
 pub struct Shared {

@@ -12,7 +12,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
 use vasto_client::v1::peer_client::PeerClient;
 use vasto_client::v1::{
-    FollowBatch, FollowRequest, FollowResponse, FollowStart, Position, Shipped, SnapshotRequired, Topology,
+    FollowBatch, FollowRequest, FollowResponse, FollowStart, Position, Shipped, SnapshotRequired, Topology, View,
     follow_request, follow_response,
 };
 
@@ -76,7 +76,8 @@ pub fn page(
     let lines = engine.changes(seq, LINES)?;
     let all = lines.len() < LINES;
     for line in lines {
-        if bytes >= MESSAGE_BYTES {
+        // A line beyond what was written when the topology was read may want a newer one.
+        if bytes >= MESSAGE_BYTES || line.seq > last_seq {
             return Ok(page);
         }
         page.seq = line.seq;
@@ -310,7 +311,9 @@ async fn once(keyspace: &Arc<Keyspace>, replica: &Arc<Replica>, source: u64, sto
         let Some(response) = response else { return Ok(()) };
         let response = response?;
         if let Some(update) = response.topology {
-            keyspace.install(update).await;
+            // A task of its own: what it brings may end this one.
+            let keyspace = keyspace.clone();
+            let _ = tokio::spawn(async move { keyspace.install(update).await }).await;
         }
         match response.message {
             None => {}
@@ -367,13 +370,15 @@ async fn catch_up(
     let known = replica.progress.position(source).is_some_and(|p| p.epoch == required.epoch);
     let deadline = tokio::time::Instant::now() + Duration::from_secs(10);
     while !known {
+        let topology = keyspace.topology();
+        if !siblings(&topology, replica.id, source) {
+            break;
+        }
         if covers(replica, &required) {
             return replica.apply(begin(required.birth_seq)).await.map_err(|r| Broken::Apply(r.message));
         }
-        let following = keyspace.topology();
         let reachable = required.births.iter().all(|b| {
-            b.replica == replica.id
-                || following.sources(replica.id).iter().any(|p| p.assignment.replica == b.replica)
+            b.replica == replica.id || topology.sources(replica.id).iter().any(|p| p.assignment.replica == b.replica)
         });
         if !reachable || tokio::time::Instant::now() >= deadline {
             break;
@@ -389,6 +394,13 @@ async fn catch_up(
     tracing::info!(replica = replica.id, source, store, reason = required.reason, "copying what was missed");
     snapshot::join_from(keyspace, replica, source, store).await?;
     Ok(())
+}
+
+/// Whether two replicas are of one shard. One of another shard may have deleted since,
+/// as foreign, what the other was born with.
+fn siblings(topology: &Topology, a: u64, b: u64) -> bool {
+    let meet = |view: &View| view.place(a).zip(view.place(b)).is_some_and(|(a, b)| a.shard == b.shard);
+    [&topology.current, &topology.next].into_iter().flatten().any(meet)
 }
 
 /// Whether this replica has passed every position that the source was born from.

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use tokio::sync::Notify;
 use vasto_client::v1::peer_client::PeerClient;
-use vasto_client::v1::{KeyspaceReport, KeyspaceUpdate, LearnRequest, StoreReport};
+use vasto_client::v1::{KeyspaceReport, KeyspaceUpdate, LearnRequest, ReplicaReport, StoreReport};
 
 use crate::dir::Dir;
 use crate::keyspace::Keyspace;
@@ -22,6 +22,8 @@ pub struct Host {
     dir: Arc<Dir>,
     context: Context,
     keyspaces: RwLock<BTreeMap<String, Arc<Keyspace>>>,
+    /// Folders that can't be read, with the reason: reported, so that nobody takes the store for empty.
+    unopened: Vec<(String, String)>,
 }
 
 impl Host {
@@ -29,6 +31,7 @@ impl Host {
     pub fn open(name: &str, address: String, dir: Dir, context: Context) -> Arc<Self> {
         let dir = Arc::new(dir);
         let mut keyspaces = BTreeMap::new();
+        let mut unopened = Vec::new();
         for entry in std::fs::read_dir(dir.keyspaces()).into_iter().flatten().flatten() {
             let Ok(uid) = entry.file_name().into_string() else { continue };
             if uid.contains('.') {
@@ -39,7 +42,10 @@ impl Host {
                 Ok(keyspace) => {
                     keyspaces.insert(uid, keyspace);
                 }
-                Err(error) => tracing::error!(uid, %error, "a keyspace can't be opened; it is left as it is"),
+                Err(error) => {
+                    tracing::error!(uid, %error, "a keyspace can't be opened; it is left as it is");
+                    unopened.push((uid, error.to_string()));
+                }
             }
         }
         let incarnation = context.env.random_id();
@@ -50,6 +56,7 @@ impl Host {
             dir,
             context,
             keyspaces: RwLock::new(keyspaces),
+            unopened,
         })
     }
 
@@ -77,6 +84,9 @@ impl Host {
     /// Takes in what the operator says of one keyspace.
     pub async fn install(&self, update: KeyspaceUpdate) {
         let Some((uid, version)) = update.topology.as_ref().map(|t| (t.uid.clone(), t.version)) else { return };
+        if self.unopened.iter().any(|(unopened, _)| *unopened == uid) {
+            return;
+        }
         let keyspace = self.keyspace(&uid).unwrap_or_else(|| {
             let keyspace = Keyspace::create(&self.name, self.dir.clone(), self.context.clone(), &uid);
             self.keyspaces
@@ -99,9 +109,17 @@ impl Host {
             store: self.name.clone(),
             address: self.address.clone(),
             incarnation: self.incarnation,
-            keyspaces: self.all().iter().map(|k| k.report()).collect::<Vec<KeyspaceReport>>(),
+            keyspaces: self.all().iter().map(|k| k.report()).chain(self.unopened()).collect(),
             stopping: false,
         }
+    }
+
+    fn unopened(&self) -> impl Iterator<Item = KeyspaceReport> {
+        self.unopened.iter().map(|(uid, why)| KeyspaceReport {
+            uid: uid.clone(),
+            replicas: vec![ReplicaReport { fault: why.clone(), ..ReplicaReport::default() }],
+            ..KeyspaceReport::default()
+        })
     }
 
     /// Stops everything cleanly.

@@ -126,7 +126,7 @@ impl Keyspace {
         for entry in entries.flatten() {
             let dir = entry.path();
             match Replica::name(&dir) {
-                Ok((id, shard)) => keyspace.take_up(id, shard, dir),
+                Ok((id, shard, _)) => keyspace.take_up(id, shard, dir),
                 // Its making or its dropping was cut short: nothing in it was ever used, or is any longer.
                 Err(error) => {
                     tracing::info!(%error, "removing a replica's folder without a name");
@@ -411,9 +411,6 @@ impl Keyspace {
     }
 
     fn open_replica(&self, dir: &std::path::Path) -> Result<Option<Arc<Replica>>, crate::replica::Error> {
-        if !dir.join("db").join("CURRENT").exists() {
-            return Ok(None);
-        }
         let topology = self.topology();
         match Replica::open(dir, topology.clone(), self.settings(&topology), &self.context) {
             Ok(replica) => Ok(Some(replica)),

@@ -157,6 +157,11 @@ impl Batch<'_> {
         self.put_meta(&position_key(position.replica), &position.encode_to_vec());
     }
 
+    /// A peer's changes count as never applied.
+    pub fn delete_position(&mut self, replica: u64) {
+        self.delete_meta(&position_key(replica));
+    }
+
     /// Makes a copy of another replica's files this replica's own: its id, and nothing of the other's life.
     pub fn forget_life(&mut self) {
         for key in [CLEAN, FENCE, CLEANED, TRIMMED, SERVED, BIRTH] {

@@ -40,6 +40,9 @@ pub enum Error {
     /// A candidate that is still being built.
     #[error("{0} holds a replica that was not built to its end")]
     NotBorn(PathBuf),
+    /// A replica whose database is gone.
+    #[error("{0} is gone or empty, though the replica was whole: put it back, or replace this store")]
+    Emptied(PathBuf),
     /// The folder holds something else.
     #[error("{path} says it holds replica {named:016x}, but its files are of {found:016x}: they were mixed up; put the right ones back or delete the folder")]
     Mixed {
@@ -57,6 +60,9 @@ pub enum Error {
 struct NameFile {
     id: String,
     shard: u32,
+    /// It was built to its end: without its database it is broken, not new.
+    #[serde(default)]
+    born: bool,
 }
 
 /// How a keyspace's spec binds its replicas.
@@ -156,6 +162,13 @@ impl Progress {
     /// The applied position in this source.
     pub fn position(&self, source: u64) -> Option<Position> {
         self.state().applied.get(&source).copied()
+    }
+    /// The position in this source is void.
+    pub fn forget_position(&self, source: u64) {
+        let mut state = self.state();
+        state.applied.remove(&source);
+        state.synced.remove(&source);
+        state.sources.remove(&source);
     }
     /// All applied positions.
     pub fn positions(&self) -> HashMap<u64, Position> {
@@ -291,33 +304,44 @@ pub struct Context {
 impl Replica {
     /// Makes the folder of a new replica with this id.
     pub fn create(dir: &Path, id: u64, shard: u32) -> Result<(), Error> {
+        Self::write_name(dir, id, shard, false)
+    }
+
+    fn write_name(dir: &Path, id: u64, shard: u32, born: bool) -> Result<(), Error> {
         let io = |source| Error::Io { path: dir.to_owned(), source };
         std::fs::create_dir_all(dir).map_err(io)?;
-        let name = NameFile { id: format!("{id:016x}"), shard };
+        let name = NameFile { id: format!("{id:016x}"), shard, born };
         let text = serde_json::to_vec(&name).map_err(|e| io(e.into()))?;
         crate::dir::write_durably(&dir.join("replica.json"), &text).map_err(io)
     }
 
-    /// The id and shard that a folder says it holds.
-    pub fn name(dir: &Path) -> Result<(u64, u32), Error> {
+    /// The id and shard that a folder says it holds, and whether it was built to its end.
+    pub fn name(dir: &Path) -> Result<(u64, u32, bool), Error> {
         let path = dir.join("replica.json");
         let io = |source| Error::Io { path: path.clone(), source };
         let text = std::fs::read(&path).map_err(io)?;
         let name: NameFile = serde_json::from_slice(&text).map_err(|e| io(e.into()))?;
         let id = u64::from_str_radix(&name.id, 16)
             .map_err(|e| io(std::io::Error::new(std::io::ErrorKind::InvalidData, e)))?;
-        Ok((id, name.shard))
+        Ok((id, name.shard, name.born))
     }
 
     /// Opens the born replica in `dir` and starts its writer.
     pub fn open(dir: &Path, topology: Arc<Topology>, settings: Settings, context: &Context) -> Result<Arc<Self>, Error> {
-        let (id, shard) = Self::name(dir)?;
+        let (id, shard, born) = Self::name(dir)?;
         let io = |source| Error::Io { path: dir.to_owned(), source };
-        let engine = Engine::open(&dir.join("db"), &context.shared)?;
+        let db = dir.join("db");
+        if !db.join("CURRENT").exists() {
+            return Err(if born { Error::Emptied(db) } else { Error::NotBorn(dir.to_owned()) });
+        }
+        let engine = Engine::open(&db, &context.shared)?;
         let found = meta::read(&engine)?;
         let Some(birth) = found.birth else {
-            return Err(Error::NotBorn(dir.to_owned()));
+            return Err(if born { Error::Emptied(db) } else { Error::NotBorn(dir.to_owned()) });
         };
+        if !born {
+            Self::write_name(dir, id, shard, true)?;
+        }
         if found.id != id {
             return Err(Error::Mixed { path: dir.to_owned(), named: id, found: found.id });
         }

@@ -64,9 +64,12 @@ async fn once(host: &Arc<Host>, env: &Env, operator: &str, stop: &CancellationTo
         tokio::select! {
             update = updates.next() => match update {
                 Some(update) => {
+                    // Beside the reports: an install may take long, and silence would look like death.
                     for keyspace in update?.keyspaces {
-                        host.install(keyspace).await;
+                        let host = host.clone();
+                        tokio::spawn(async move { host.install(keyspace).await });
                     }
+                    continue;
                 }
                 None => return Ok(()),
             },

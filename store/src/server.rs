@@ -33,6 +33,8 @@ use crate::writer::{LocalWrite, Refused};
 const MESSAGES: usize = 64;
 /// Bytes of entries in one message of a scan.
 const PAGE_BYTES: usize = 256 << 10;
+/// The largest value that one answer holds.
+const VALUE_BYTES: usize = 15 << 20;
 /// Rows looked at in one step of a scan.
 const PAGE_ROWS: usize = 2_000;
 
@@ -175,6 +177,7 @@ fn read(replica: &Replica, id: u64, key: &[u8], hash: u64, now: u64) -> Answer {
     let result = match found {
         // Under another partition key it is another key's.
         Ok(Some(record)) if record.partition_hash() == hash => match to_value(record.read(now)) {
+            Some(value) if value_len(&value) > VALUE_BYTES => answer::Result::Failure(*too_large(value_len(&value))),
             Some(value) => answer::Result::Found(value),
             None => answer::Result::Missing(Missing {}),
         },
@@ -185,6 +188,19 @@ fn read(replica: &Replica, id: u64, key: &[u8], hash: u64, now: u64) -> Answer {
         }
     };
     Answer { id, result: Some(result) }
+}
+
+fn value_len(value: &Value) -> usize {
+    match &value.value {
+        Some(value::Value::Bytes(bytes)) => bytes.len(),
+        _ => 8,
+    }
+}
+
+/// Callers are held to less, but appends through different replicas add up.
+fn too_large(len: usize) -> Box<Failure> {
+    let message = format!("the value has grown to {len} bytes by appends through several stores, more than one message holds: put or delete the key");
+    failure(FailureCode::Invalid, message, None)
 }
 
 fn to_value(view: View) -> Option<Value> {
@@ -353,8 +369,7 @@ async fn scan(
         let (shard, shards) = (request.shard, request.shards);
         let page = tokio::task::spawn_blocking(move || scan_page(&replica, (shard, shards), &prefix, from.as_deref(), left, now))
             .await
-            .map_err(|e| failure(FailureCode::Internal, e.to_string(), None))?
-            .map_err(|e| failure(FailureCode::Internal, e.to_string(), None))?;
+            .map_err(|e| failure(FailureCode::Internal, e.to_string(), None))??;
         left -= page.entries.len() as u64;
         let end = page.next.is_none() || left == 0;
         let message = ScanResponse { entries: page.entries, failure: None };
@@ -378,11 +393,11 @@ fn scan_page(
     after: Option<&[u8]>,
     limit: u64,
     now: u64,
-) -> Result<Page, crate::engine::Error> {
+) -> Result<Page, Box<Failure>> {
     let mut page = Page { entries: Vec::new(), next: None };
-    let (mut bytes, mut looked) = (0, 0);
+    let (mut bytes, mut looked, mut large) = (0, 0, None);
     let after = after.filter(|a| *a >= prefix);
-    replica.engine.rows(prefix, after, |key, _, encoded| {
+    let walked = replica.engine.rows(prefix, after, |key, _, encoded| {
         if !key.starts_with(prefix) {
             return false;
         }
@@ -393,6 +408,10 @@ fn scan_page(
             && let Ok(record) = Record::decode(Bytes::copy_from_slice(encoded))
             && let Some(value) = to_value(record.read(now))
         {
+            if value_len(&value) > VALUE_BYTES {
+                large = Some(value_len(&value));
+                return false;
+            }
             bytes += key.len() + encoded.len();
             let partition_hash = if hash == partition_hash(key) { 0 } else { hash };
             page.entries.push(Entry { key: Bytes::copy_from_slice(key), value: Some(value), partition_hash });
@@ -402,8 +421,17 @@ fn scan_page(
             page.next = Some(Bytes::copy_from_slice(key));
         }
         more
-    })?;
-    Ok(page)
+    });
+    walked.map_err(|e| failure(FailureCode::Internal, e.to_string(), None))?;
+    match large {
+        // What comes before it is still worth sending.
+        Some(len) if page.entries.is_empty() => Err(too_large(len)),
+        Some(_) => {
+            page.next = page.entries.last().map(|e| e.key.clone());
+            Ok(page)
+        }
+        None => Ok(page),
+    }
 }
 
 #[tonic::async_trait]

@@ -252,6 +252,7 @@ impl Writer {
             }
             Command::Cleaned(version) => {
                 batch.put_cleaned(version);
+                self.forget_strangers(batch);
                 pending.cleaned = Some(version);
                 pending.sync = true;
             }
@@ -262,6 +263,24 @@ impl Writer {
             }
             // Handled by the caller.
             Command::Stop(_) => {}
+        }
+    }
+
+    /// What came from replicas of other shards has been deleted with the foreign
+    /// keys, or may have been: a position there would claim that it is still held.
+    fn forget_strangers(&mut self, batch: &mut engine::Batch<'_>) {
+        let Some(view) = &self.topology.current else { return };
+        let Some(shard) = view.place(self.replica).map(|p| p.shard) else { return };
+        let strangers: Vec<u64> = self
+            .positions
+            .keys()
+            .copied()
+            .filter(|id| view.place(*id).is_none_or(|p| p.shard != shard))
+            .collect();
+        for id in strangers {
+            self.positions.remove(&id);
+            batch.delete_position(id);
+            self.progress.forget_position(id);
         }
     }
 

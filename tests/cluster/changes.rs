@@ -3,6 +3,9 @@
 
 use std::time::Instant;
 
+use base64::Engine as _;
+use prost::Message as _;
+use vasto_client::v1::Topology;
 use vasto_tests::cluster::Cluster;
 use vasto_tests::oracle::Load;
 use vasto_tests::packages;
@@ -27,10 +30,38 @@ async fn a_small_keyspace_grows_and_shrinks() {
         cluster.settled("packages", shards, rf, 60).await;
         println!("to {shards} shards, factor {rf}: {:?}", start.elapsed());
     }
+    replace(&cluster, 4, 2).await;
+    cluster.scale("packages", 4, 1).await;
+    cluster.settled("packages", 4, 1, 60).await;
+    replace(&cluster, 4, 1).await;
     load.stop().await;
     load.verify().await;
     let (code, out, err) = cluster.run(&["check", "packages"]);
     assert_eq!(code, 0, "{out}{err}");
+}
+
+/// The replicas on a store, by id.
+fn replicas_on(resource: &serde_json::Value, store: &str) -> Vec<String> {
+    let text = resource.pointer("/status/topology").and_then(serde_json::Value::as_str).unwrap();
+    let bytes = base64::engine::general_purpose::STANDARD.decode(text).unwrap();
+    let topology = Topology::decode(bytes.as_slice()).unwrap();
+    let places = topology.current.unwrap_or_default();
+    places.places().filter(|p| p.assignment.store == store).map(|p| format!("{:016x}", p.assignment.replica)).collect()
+}
+
+/// Empties store-1 and fills it anew: its replicas are others afterwards.
+async fn replace(cluster: &Cluster, shards: u32, replication_factor: u32) -> f64 {
+    let start = Instant::now();
+    let before = replicas_on(&cluster.describe("packages").await.unwrap(), "store-1");
+    cluster.replace("packages", "store-1").await;
+    cluster
+        .wait_for("packages", "store-1 with other replicas", 180, |resource| {
+            let now = replicas_on(resource, "store-1");
+            now.len() == before.len() && now.iter().all(|id| !before.contains(id) && id != "0000000000000000")
+        })
+        .await;
+    cluster.settled("packages", shards, replication_factor, 60).await;
+    start.elapsed().as_secs_f64()
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -53,6 +84,13 @@ async fn the_debian_package_index_stays_whole_through_every_change() {
         cluster.settled("packages", shards, rf, 180).await;
         let seconds = start.elapsed().as_secs_f64();
         println!("{:<22} {seconds:>8.1} {before:>10.1} {:>10.1}", format!("{shards} shards, factor {rf}"), load.p99_ms());
+    }
+    for rf in [2, 1] {
+        cluster.scale("packages", 4, rf).await;
+        cluster.settled("packages", 4, rf, 180).await;
+        let before = load.p99_ms();
+        let seconds = replace(&cluster, 4, rf).await;
+        println!("{:<22} {seconds:>8.1} {before:>10.1} {:>10.1}", format!("replace at factor {rf}"), load.p99_ms());
     }
     load.stop().await;
     load.verify().await;

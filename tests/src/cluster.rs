@@ -183,7 +183,7 @@ impl Cluster {
         self.admin().await.replace(request).await.unwrap();
     }
 
-    /// The phase that status names, such as `Stable`.
+    /// The phase that status names, such as `Ready`.
     pub async fn phase(&self, name: &str) -> Option<String> {
         let resource = self.describe(name).await?;
         resource.pointer("/status/phase")?.as_str().map(str::to_owned)
@@ -214,7 +214,9 @@ impl Cluster {
         self.wait_for(name, &what, seconds, |resource| {
             let status = |path: &str| resource.pointer(&format!("/status/{path}"));
             let generation = resource.pointer("/metadata/generation");
-            status("phase").and_then(Value::as_str) == Some("Stable")
+            let replacing = resource.pointer("/metadata/annotations/vasto.io~1replace").is_some();
+            !replacing
+                && status("phase").and_then(Value::as_str) == Some("Ready")
                 && status("shards").and_then(Value::as_u64) == Some(u64::from(shards))
                 && status("replicas").and_then(Value::as_u64) == Some(u64::from(shards * replication_factor))
                 && status("readyReplicas") == status("replicas")
@@ -229,7 +231,7 @@ impl Cluster {
         for name in self.store_names().into_iter().chain(["operator".to_owned()]) {
             let log = std::fs::read_to_string(self.folder.path().join(format!("{name}.log"))).unwrap_or_default();
             let lines: Vec<&str> = log.lines().collect();
-            text += &format!("--- {name}\n{}\n", lines[lines.len().saturating_sub(15)..].join("\n"));
+            text += &format!("--- {name}\n{}\n", lines[lines.len().saturating_sub(40)..].join("\n"));
         }
         text
     }

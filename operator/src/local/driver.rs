@@ -29,6 +29,9 @@ const REMEMBERED: usize = 1_000;
 /// taken from the minority after this long.
 const MINORITY: Duration = Duration::from_secs(60);
 
+/// How long a look at the resources waits for stores that may bring lost ones back.
+const PATIENCE: Duration = Duration::from_secs(5);
+
 /// Every resource, by name.
 pub(crate) type Resources = Arc<BTreeMap<String, Arc<Keyspace>>>;
 
@@ -53,10 +56,17 @@ impl Handle {
         self.resources.clone()
     }
 
+    /// Waits until what is not among the resources is not there; not for ever, since
+    /// for a mere look that is not worth it.
+    pub(crate) async fn settled(&self) {
+        let mut settled = self.settled.clone();
+        let _ = tokio::time::timeout(PATIENCE, settled.wait_for(|settled| *settled)).await;
+    }
+
     /// Makes a change; answers once it is on disk.
     pub(crate) async fn change(&self, change: Change) -> Answer {
         let gone = || Refusal::Unavailable("the operator is stopping; try again".to_owned());
-        if change.creates() && !self.resources.borrow().contains_key(change.name()) {
+        if !self.resources.borrow().contains_key(change.name()) {
             // Stores may be about to say that there is such a keyspace.
             self.settled.clone().wait_for(|settled| *settled).await.map_err(|_| gone())?;
         }
@@ -237,9 +247,12 @@ impl Driver {
         self.show();
     }
 
+    /// Stores that are known to have data here are worth more patience than those that may be elsewhere.
     fn may_settle(&self) -> bool {
-        let heard = self.existing.as_ref().is_some_and(|stores| self.hub.all_living(stores));
-        heard || self.started.elapsed() >= self.settle
+        match &self.existing {
+            Some(stores) => self.hub.all_living(stores) || self.started.elapsed() >= MINORITY,
+            None => self.started.elapsed() >= self.settle,
+        }
     }
 
     fn is_deleted(&self, uid: &str) -> bool {
@@ -300,6 +313,7 @@ impl Driver {
     async fn reconcile(&mut self, name: &str) {
         let Some(mut entry) = self.entries.remove(name) else { return };
         let mut gone = false;
+        let was_restless = std::mem::replace(&mut entry.restless, true);
         for _ in 0..STEPS {
             let trouble = self.adopt(&mut entry).await.err();
             let seen = self.hub.look(entry.resource.uid());
@@ -322,7 +336,12 @@ impl Driver {
             };
             self.note(&mut entry, trouble);
             gone = outcome.gone;
-            self.conclude(&mut entry, &outcome, &seen).await;
+            self.conclude(&mut entry, &outcome, &seen);
+            if was_restless && !entry.restless {
+                // Come to rest: the file says so too. It would do no harm if it didn't.
+                let saved = self.save(entry.resource.clone()).await.err();
+                self.note(&mut entry, saved);
+            }
             break;
         }
         if gone && self.finish_deletion(&entry).await {
@@ -424,7 +443,7 @@ impl Driver {
     }
 
     /// Writes the status, when there is no more to do for now.
-    async fn conclude(&self, entry: &mut Entry, outcome: &Outcome, seen: &BTreeMap<String, Seen>) {
+    fn conclude(&self, entry: &mut Entry, outcome: &Outcome, seen: &BTreeMap<String, Seen>) {
         let sources = Sources {
             keyspace: &entry.resource,
             topology: entry.topology.as_deref(),
@@ -443,12 +462,7 @@ impl Driver {
             resource.status = Some(status);
             entry.resource = Arc::new(resource);
         }
-        if entry.restless && !restless {
-            // Come to rest: the file says so too. It would do no harm if it didn't.
-            let saved = self.save(entry.resource.clone()).await;
-            self.note(entry, saved.err());
-        }
-        entry.restless = restless || entry.trouble.is_some();
+        entry.restless = restless;
     }
 
     /// Forgets a keyspace that every living store has let go. True once that is on disk.

@@ -39,8 +39,14 @@ pub(super) fn give_up(t: &mut Topology, call: &mut Call<'_>) {
         vacate(t, dead.replica);
         t.given_up.push(dead);
     }
-    // Candidates have never served: theirs is no loss.
-    let stranded: Vec<Drop> = candidates(t).filter(|d| seen.is_lost(&d.store)).collect();
+    // Candidates have never served: theirs is no loss, as long as what they copied has a living copy.
+    let spare = |d: &Drop| {
+        let (Some(current), Some(next)) = (&t.current, &t.next) else { return false };
+        (0..current.size())
+            .filter(|i| shards_meet(*i, current.size(), d.shard, next.size()))
+            .all(|i| seen.has_copy(current, i, 0))
+    };
+    let stranded: Vec<Drop> = candidates(t).filter(|d| seen.is_lost(&d.store) && spare(d)).collect();
     for drop in stranded {
         vacate(t, drop.replica);
         if !t.is_given_up(drop.replica) {

@@ -14,8 +14,11 @@ pub(super) fn step(t: &mut Topology, call: &mut Call<'_>) {
     let wanted = start::desired(t, call);
     let building = t.next.as_ref().map(placement::lists);
     if building.is_none() || (wanted.is_some() && wanted != building) {
-        cancel(t, call);
-        return;
+        match rescuing(t, call) {
+            None => return cancel(t, call),
+            // What has been copied of this shard may be all that is left: it goes on, and back afterwards.
+            Some(shard) => call.wait(Wait::NoOwner { shard }),
+        }
     }
     if fill(t, call) {
         return;
@@ -119,9 +122,9 @@ fn able_to_serve(
 fn switch(t: &mut Topology, call: &Call<'_>) {
     let (current, mut next) = (t.current.take().unwrap_or_default(), t.next.take().unwrap_or_default());
     for place in next.shards.iter_mut().flat_map(|s| &mut s.replicas) {
-        let faulty = call.seen.living(place).is_some_and(|r| !r.fault.is_empty());
+        let able = call.seen.living(place).is_some_and(|r| r.born && r.fault.is_empty());
         if place.replica != 0 && current.place(place.replica).is_none() {
-            place.serving = !faulty;
+            place.serving = able;
             // One that came back after it was given up belongs to the keyspace again.
             t.given_up.retain(|g| g.replica != place.replica);
         }
@@ -137,13 +140,25 @@ fn switch(t: &mut Topology, call: &Call<'_>) {
     }
 }
 
+/// A shard that nobody serves, of which something in `next` may have a copy.
+fn rescuing(t: &Topology, call: &Call<'_>) -> Option<u32> {
+    let (current, next) = (t.current.as_ref()?, t.next.as_ref()?);
+    let copies = |i: u32| {
+        next.places().filter(|p| p.assignment.replica != 0).any(|p| {
+            let stays = current.place(p.assignment.replica).is_some();
+            shards_meet(i, current.size(), p.shard, p.shards) && !(stays && p.shard == i)
+        })
+    };
+    (0..current.size()).find(|i| !call.seen.has_copy(current, *i, 0) && copies(*i))
+}
+
 /// Gives up what is being prepared. Candidates go; replicas that stay but were
 /// about to gain keys delete what they had already copied: left there it would be joined in
 /// again, deletes forgotten, the next time.
 fn cancel(t: &mut Topology, call: &Call<'_>) {
     let mut drops: Vec<Drop> = givenup::candidates(t).collect();
     for (store, stray) in keep::strays(&Topology { next: None, ..t.clone() }, call.seen) {
-        if stray.candidate {
+        if stray.candidate && drops.iter().all(|d| d.replica != stray.id) {
             drops.push(Drop { store, replica: stray.id, shard: stray.shard });
         }
     }

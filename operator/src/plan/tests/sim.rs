@@ -172,6 +172,9 @@ impl Sim {
 
     /// The store's volume is another one, and it runs.
     pub(super) fn wipe(&mut self, name: &str) {
+        if self.status.is_none() {
+            return; // With the status lost as well, nobody may be left who knows of the keyspace.
+        }
         self.peaceful = false;
         let truth = self.truth();
         let gone = std::mem::take(&mut self.store(name).replicas);
@@ -181,10 +184,17 @@ impl Sim {
         self.excuse(&lost, truth.as_ref());
     }
 
-    /// Excuses those of these writes that nobody else holds.
+    /// Excuses those of these writes that no owner holds any more. What only a candidate holds
+    /// counts as long as it is the best that is left: while its shard has no other replica.
     fn excuse(&mut self, writes: &BTreeSet<u32>, truth: Option<&Topology>) {
-        let lost: Vec<u32> =
-            writes.iter().copied().filter(|w| truth.is_none_or(|t| !self.held(*w, t, |_| true))).collect();
+        let lost = |w: &u32| {
+            let Some(t) = truth else { return true };
+            let key = hash(self.writes[*w as usize]);
+            let owner = |view: &Option<View>, id| view.as_ref().is_some_and(|v| v.place(id).is_some_and(|p| p.owns(key)));
+            let left = self.stores.values().flat_map(|s| s.replicas.keys()).any(|id| owner(&t.current, *id));
+            !self.held(*w, t, |id| !left || owner(&t.current, id) || owner(&t.previous, id))
+        };
+        let lost: Vec<u32> = writes.iter().copied().filter(lost).collect();
         self.excused.extend(lost);
     }
 
@@ -535,7 +545,8 @@ impl Sim {
         for write in replica.has.iter().filter(|w| self.acked.contains(w) && !self.excused.contains(w)) {
             let key = hash(self.writes[*write as usize]);
             let owner = |id| current.place(id).is_some_and(|p| p.owns(key));
-            assert!(self.held(*write, &truth, owner), "replica {id} dropped undrained, with write {write}: {truth:?}");
+            let left = self.stores.values().flat_map(|s| s.replicas.keys()).any(|id| owner(*id));
+            assert!(self.held(*write, &truth, |id| !left || owner(id)), "replica {id} dropped undrained, with write {write}: {truth:?}");
         }
     }
 

@@ -1,0 +1,135 @@
+//! Death in every phase: of one store, of the operator, of everything at once;
+//! and a change of mind in every phase. Each finishes, and no acknowledged write is lost.
+
+use std::time::{Duration, Instant};
+
+use vasto_tests::cluster::Cluster;
+use vasto_tests::oracle::Load;
+
+const PHASES: [&str; 5] = ["Prepare", "Switch", "Fence", "Drain", "Cleanup"];
+
+fn document(durability: &str) -> String {
+    format!(
+        "apiVersion: vasto.io/v1alpha1\nkind: Keyspace\nmetadata:\n  name: faults\n\
+         spec:\n  shards: 2\n  replicationFactor: 2\n  durability: {durability}\n"
+    )
+}
+
+fn keys(count: usize) -> Vec<(String, String)> {
+    (0..count).map(|i| (format!("key-{i:06}"), format!("{i}-").repeat(60))).collect()
+}
+
+/// Waits for this phase, or for a later one: some are over in milliseconds.
+async fn reach(cluster: &Cluster, phase: &str) -> String {
+    let at = PHASES.iter().position(|p| *p == phase).unwrap();
+    let deadline = Instant::now() + Duration::from_secs(30);
+    loop {
+        let now = cluster.phase("faults").await.unwrap_or_default();
+        if PHASES.iter().position(|p| *p == now).is_some_and(|p| p >= at) {
+            return now;
+        }
+        assert!(Instant::now() < deadline, "{phase} was not reached; it is {now}\n{}", cluster.tail());
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+}
+
+/// Grows and shrinks by turns; in each phase `fault` strikes while writers write.
+async fn in_every_phase(durability: &str, strict: bool, fault: impl AsyncFn(&mut Cluster, usize)) {
+    let mut cluster = Cluster::start(4, &document(durability));
+    cluster.settled("faults", 2, 2, 30).await;
+    let mut load = Load::fill(cluster.keyspace("faults").await, keys(5_000), strict).await;
+    load.run(4, 2);
+    for (round, phase) in PHASES.iter().enumerate() {
+        let shards = if round % 2 == 0 { 4 } else { 2 };
+        cluster.scale("faults", shards, 2).await;
+        let met = reach(&cluster, phase).await;
+        let start = Instant::now();
+        fault(&mut cluster, round).await;
+        cluster.settled("faults", shards, 2, 90).await;
+        println!("{durability}: struck in {met}, settled after {:?}", start.elapsed());
+    }
+    load.stop().await;
+    load.verify().await;
+    let (code, out, err) = cluster.run(&["check", "faults"]);
+    assert_eq!(code, 0, "{out}{err}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_store_killed_in_any_phase_loses_nothing() {
+    in_every_phase("Periodic", false, async |cluster, round| {
+        let store = format!("store-{}", round % 4);
+        cluster.kill_store(&store);
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        cluster.start_store(&store);
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_operator_killed_in_any_phase_is_not_noticed() {
+    in_every_phase("Periodic", true, async |cluster, _| {
+        cluster.kill_operator();
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        cluster.start_operator();
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_operators_lost_files_come_back_from_the_stores_in_any_phase() {
+    in_every_phase("Periodic", true, async |cluster, _| {
+        cluster.kill_operator();
+        std::fs::remove_dir_all(cluster.path().join("operator")).unwrap();
+        // The file is what was asked for at first; what was asked since is with the stores.
+        std::fs::write(cluster.path().join("keyspace.yaml"), "").unwrap();
+        cluster.start_operator();
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn everything_killed_at_once_in_any_phase_loses_nothing() {
+    in_every_phase("Synced", false, async |cluster, _| cluster.crash()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_change_of_mind_in_any_phase_ends_where_it_was_wished_last() {
+    let cluster = Cluster::start(4, &document("Periodic"));
+    cluster.settled("faults", 2, 2, 30).await;
+    let mut load = Load::fill(cluster.keyspace("faults").await, keys(5_000), true).await;
+    load.run(4, 2);
+    for phase in PHASES {
+        cluster.scale("faults", 4, 2).await;
+        let met = reach(&cluster, phase).await;
+        cluster.scale("faults", 2, 2).await;
+        let took = cluster.settled("faults", 2, 2, 90).await;
+        println!("2 to 4, and back in {met}: settled after {took:?}");
+        cluster.scale("faults", 4, 2).await;
+        cluster.settled("faults", 4, 2, 90).await;
+        cluster.scale("faults", 2, 2).await;
+        let met = reach(&cluster, phase).await;
+        cluster.scale("faults", 4, 2).await;
+        let took = cluster.settled("faults", 4, 2, 90).await;
+        println!("4 to 2, and back in {met}: settled after {took:?}");
+        cluster.scale("faults", 2, 2).await;
+        cluster.settled("faults", 2, 2, 90).await;
+    }
+    load.stop().await;
+    load.verify().await;
+    let (code, out, err) = cluster.run(&["check", "faults"]);
+    assert_eq!(code, 0, "{out}{err}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_store_whose_volume_is_gone_is_filled_anew() {
+    let mut cluster = Cluster::start(3, &document("Periodic"));
+    cluster.settled("faults", 2, 2, 30).await;
+    let load = Load::fill(cluster.keyspace("faults").await, keys(2_000), true).await;
+    cluster.kill_store("store-1");
+    std::fs::remove_dir_all(cluster.path().join("store-1")).unwrap();
+    cluster.start_store("store-1");
+    cluster.settled("faults", 2, 2, 60).await;
+    load.verify().await;
+    let (code, out, err) = cluster.run(&["check", "faults"]);
+    assert_eq!(code, 0, "{out}{err}");
+}
