@@ -588,6 +588,8 @@ impl Keyspace {
                 Next::Fail => return Err(fault.error(what())),
                 Next::Unknown => return Err(Error::Unknown(format!("{}: {}", what(), fault.words))),
                 Next::Elsewhere if others => None,
+                // The store may be the one that is behind: the next try is another's.
+                Next::Refresh if others => Some(attempt.rest()),
                 Next::Elsewhere | Next::Retry | Next::Refresh => Some(attempt.pause()),
             };
             let now = Instant::now();
@@ -605,8 +607,10 @@ impl Keyspace {
     }
 }
 
-/// Waits for a reply until it is time to go elsewhere. `None`: it is. A merge that
-/// has been sent can't go elsewhere, so it waits on to the deadline.
+/// Waits for a reply until it is time to go elsewhere. `None`: it is. What has been
+/// sent and changes the key waits on to the deadline, while its connection holds: a merge would count
+/// twice, and a put that is executed late would come after, and undo, what its
+/// caller has written elsewhere since.
 async fn wait(
     kind: Kind,
     ticket: &mut Ticket,
@@ -621,7 +625,7 @@ async fn wait(
         return None;
     }
     link.pipe.late();
-    if kind == Kind::Merge
+    if kind != Kind::Read
         && until < deadline
         && let Ok(reply) = timeout_at(deadline, &mut *ticket).await
     {

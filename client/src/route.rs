@@ -131,12 +131,17 @@ impl Attempt {
         fallback
     }
 
-    /// Starts another round over all replicas; returns how long to pause first (to be jittered).
-    pub(crate) fn pause(&mut self) -> Duration {
-        self.tried.clear();
+    /// Goes on with this round after a pause; returns how long (to be jittered).
+    pub(crate) fn rest(&mut self) -> Duration {
         let pause = backoff(self.pauses);
         self.pauses += 1;
         pause
+    }
+
+    /// Starts another round over all replicas; returns how long to pause first (to be jittered).
+    pub(crate) fn pause(&mut self) -> Duration {
+        self.tried.clear();
+        self.rest()
     }
 }
 

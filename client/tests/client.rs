@@ -157,7 +157,8 @@ async fn a_merge_whose_answer_is_lost_is_unknown_and_not_repeated() {
     cluster.gauge(1).set(Mode::Break);
     let answers = map.batch([Op::put("a", "1").with(short(300)), Op::add("n", 1.0)]).await;
     assert_eq!(answers[1].as_ref().unwrap_err().code(), Code::Unknown);
-    assert_eq!(answers[0].as_ref().unwrap_err().code(), Code::Unavailable);
+    let put = answers[0].as_ref().unwrap_err().code();
+    assert!(matches!(put, Code::Unavailable | Code::Deadline), "{put:?}");
     assert_eq!(merges(0) + merges(1), 2);
     assert_eq!(cluster.world.data.lock().unwrap()[&b"n"[..]].0, Held::Number(1.0));
 }

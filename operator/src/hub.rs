@@ -19,7 +19,8 @@ use tokio_util::sync::CancellationToken;
 use tonic::Status;
 use vasto_client::v1::watch_response::Event;
 use vasto_client::v1::{
-    KeyspaceReport, KeyspaceUpdate, Phase, StoreAddress, StoreReport, StoreUpdate, Topology, WatchRequest, WatchResponse,
+    KeyspaceReport, KeyspaceUpdate, Phase, StoreAddress, StoreReport, StoreUpdate, Topology, WatchRequest,
+    WatchResponse,
 };
 
 pub use service::OperatorService;
@@ -191,7 +192,12 @@ impl Hub {
         let mut index = self.index();
         let entry = index.name(name);
         entry.claimed = true;
-        entry.shown.send_if_modified(|s| matches!(s, Shown::Missing) && { *s = Shown::Pending; true });
+        entry.shown.send_if_modified(|s| {
+            matches!(s, Shown::Missing) && {
+                *s = Shown::Pending;
+                true
+            }
+        });
     }
 
     /// This name belongs to no keyspace any longer.
@@ -424,6 +430,8 @@ impl Hub {
         }
         tracing::info!(store = name, address = report.address, "a store has connected");
         index.dirty = Dirty::All;
+        // A stream that spoke for it before learns that it no longer does.
+        self.tell_stores(&index);
         drop(index);
         self.heard_from_store(id, report)
     }
@@ -578,7 +586,8 @@ impl Index {
 
 /// The store, if this stream speaks for it.
 fn speaker<'a>(stores: &'a mut BTreeMap<String, Store>, name: &str, id: u64) -> Result<&'a mut Store, Status> {
-    stores.get_mut(name).filter(|s| s.stream == Some(id)).ok_or_else(|| {
-        Status::aborted(format!("another stream speaks for {name} now; this one has been given up"))
-    })
+    stores
+        .get_mut(name)
+        .filter(|s| s.stream == Some(id))
+        .ok_or_else(|| Status::aborted(format!("another stream speaks for {name} now; this one has been given up")))
 }

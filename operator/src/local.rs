@@ -6,6 +6,7 @@ mod driver;
 mod edit;
 mod file;
 mod folder;
+mod handle;
 mod runner;
 mod status;
 #[cfg(test)]
@@ -27,9 +28,9 @@ use vasto_client::env::Env;
 use vasto_client::v1::keyspaces_server::KeyspacesServer;
 use vasto_crds::Keyspace;
 
-pub(crate) use driver::{Handle, Resources};
 pub(crate) use edit::{Change, Refusal};
 pub use folder::Error as FolderError;
+pub(crate) use handle::{Handle, Resources};
 pub use runner::{BoxError, External, StoreRunner};
 
 use crate::hub::{Hub, OperatorService};

@@ -22,6 +22,9 @@ mod server;
 mod snapshot;
 mod writer;
 
+#[cfg(test)]
+mod tests;
+
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;

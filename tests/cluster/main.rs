@@ -3,3 +3,4 @@
 
 mod changes;
 mod faults;
+mod bad_input;

@@ -87,10 +87,14 @@ impl Cluster {
     pub fn start_operator(&mut self) {
         if self.operator.is_none() {
             let folder = self.folder.path().join("operator").display().to_string();
-            let file = self.folder.path().join("keyspace.yaml").display().to_string();
+            let file = self.folder.path().join("keyspace.yaml");
             let listen = self.operator_address();
-            self.operator =
-                Some(self.spawn("operator", &["operator", "--local", &folder, "-f", &file, "--listen", &listen]));
+            let mut args = vec!["operator", "--local", &folder, "--listen", &listen];
+            let name = file.display().to_string();
+            if file.exists() {
+                args.extend(["-f", &name]);
+            }
+            self.operator = Some(self.spawn("operator", &args));
         }
     }
 
@@ -210,8 +214,20 @@ impl Cluster {
 
     /// Waits until nothing is changing and the committed size is this.
     pub async fn settled(&self, name: &str, shards: u32, replication_factor: u32, seconds: u64) -> Duration {
+        self.settled_watching(name, shards, replication_factor, seconds, |_| ()).await
+    }
+
+    async fn settled_watching(
+        &self,
+        name: &str,
+        shards: u32,
+        replication_factor: u32,
+        seconds: u64,
+        watch: impl Fn(&Value),
+    ) -> Duration {
         let what = format!("{name} at {shards} shards, replication factor {replication_factor}");
         self.wait_for(name, &what, seconds, |resource| {
+            watch(resource);
             let status = |path: &str| resource.pointer(&format!("/status/{path}"));
             let generation = resource.pointer("/metadata/generation");
             let replacing = resource.pointer("/metadata/annotations/vasto.io~1replace").is_some();
@@ -223,6 +239,22 @@ impl Cluster {
                 && status("observedGeneration") == generation
         })
         .await
+    }
+
+    /// As `settled`, and says how much was copied on the way.
+    pub async fn copied_until_settled(&self, name: &str, shards: u32, replication_factor: u32, seconds: u64) -> Copied {
+        let watched = std::sync::Mutex::new((Copied::default(), None::<Instant>));
+        let done = self.settled_watching(name, shards, replication_factor, seconds, |resource| {
+            let number = |path: &str| resource.pointer(path).and_then(Value::as_u64).unwrap_or(0);
+            if resource.pointer("/status/phase").and_then(Value::as_str) == Some("Prepare") {
+                let (copied, begun) = &mut *watched.lock().unwrap();
+                copied.seconds = begun.get_or_insert_with(Instant::now).elapsed().as_secs_f64();
+                copied.records = copied.records.max(number("/status/progress/records"));
+                copied.bytes = copied.bytes.max(number("/status/progress/bytes"));
+            }
+        });
+        done.await;
+        watched.into_inner().unwrap().0
     }
 
     /// The ends of all logs, for a failed test.
@@ -240,6 +272,17 @@ impl Cluster {
     pub fn run(&self, args: &[&str]) -> (i32, String, String) {
         run(&[&["--operator", &self.operator_address()], args].concat())
     }
+}
+
+/// What a change copied, as its status told.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Copied {
+    /// Records.
+    pub records: u64,
+    /// Bytes.
+    pub bytes: u64,
+    /// How long it copied.
+    pub seconds: f64,
 }
 
 /// Runs the binary: (exit code, stdout, stderr).

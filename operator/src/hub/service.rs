@@ -52,12 +52,8 @@ where
     fn call(&mut self, request: http::Request<B>) -> Self::Future {
         let hub = self.0.clone();
         match request.uri().path() {
-            "/vasto.v1.Operator/Watch" => {
-                Box::pin(async move { Ok(grpc().streaming(Watch(hub), request).await) })
-            }
-            "/vasto.v1.Operator/Report" => {
-                Box::pin(async move { Ok(grpc().streaming(Report(hub), request).await) })
-            }
+            "/vasto.v1.Operator/Watch" => Box::pin(async move { Ok(grpc().streaming(Watch(hub), request).await) }),
+            "/vasto.v1.Operator/Report" => Box::pin(async move { Ok(grpc().streaming(Report(hub), request).await) }),
             path => {
                 let status = Status::unimplemented(format!("this version of vasto has no method {path}"));
                 Box::pin(async move { Ok(status.into_http()) })

@@ -60,7 +60,9 @@ impl Bench {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap().to_string();
         let server = Server::builder().add_service(OperatorService::new(hub.clone()));
-        tokio::spawn(server.serve_with_incoming_shutdown(TcpListenerStream::new(listener), stop.clone().cancelled_owned()));
+        tokio::spawn(
+            server.serve_with_incoming_shutdown(TcpListenerStream::new(listener), stop.clone().cancelled_owned()),
+        );
         Self { hub, stop, client: OperatorClient::new(Env::real().dial(&address).unwrap()) }
     }
 
@@ -100,7 +102,8 @@ fn request(names: &[&str], known: &[(&str, u64)]) -> WatchRequest {
 }
 
 fn topology(name: &str, version: u64, stores: &[&str]) -> Topology {
-    let shard = |store: &&str| Shard { replicas: vec![Assignment { store: (*store).to_owned(), replica: 7, serving: true }] };
+    let shard =
+        |store: &&str| Shard { replicas: vec![Assignment { store: (*store).to_owned(), replica: 7, serving: true }] };
     let current = Some(View { shards: stores.iter().map(shard).collect() });
     Topology { uid: format!("{name}-uid"), name: name.to_owned(), version, current, ..Topology::default() }
 }

@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 use vasto_client::env::Env;
@@ -15,6 +15,7 @@ use vasto_crds::{DeletionPolicy, Keyspace};
 
 use super::edit::{self, Change, Refusal, Standing};
 use super::folder::{self, Content, Deleted, Error, Folder};
+use super::handle::{Answer, Command, Handle, Resources};
 use super::runner::{StoreRunner, Wanted};
 use super::status::{self, Pace, Sources};
 use crate::hub::{Dirty, Hub, Seen};
@@ -28,53 +29,6 @@ const REMEMBERED: usize = 1_000;
 /// A keyspace that the operator has lost, of which no majority of stores comes back, is
 /// taken from the minority after this long.
 const MINORITY: Duration = Duration::from_secs(60);
-
-/// How long a look at the resources waits for stores that may bring lost ones back.
-const PATIENCE: Duration = Duration::from_secs(5);
-
-/// Every resource, by name.
-pub(crate) type Resources = Arc<BTreeMap<String, Arc<Keyspace>>>;
-
-type Answer = Result<Arc<Keyspace>, Refusal>;
-
-struct Command {
-    change: Change,
-    answer: oneshot::Sender<Answer>,
-}
-
-/// How the rest of the process speaks to the driver.
-#[derive(Clone)]
-pub(crate) struct Handle {
-    commands: mpsc::Sender<Command>,
-    resources: watch::Receiver<Resources>,
-    settled: watch::Receiver<bool>,
-}
-
-impl Handle {
-    /// All resources as they are now, and as they change.
-    pub(crate) fn resources(&self) -> watch::Receiver<Resources> {
-        self.resources.clone()
-    }
-
-    /// Waits until what is not among the resources is not there; not for ever, since
-    /// for a mere look that is not worth it.
-    pub(crate) async fn settled(&self) {
-        let mut settled = self.settled.clone();
-        let _ = tokio::time::timeout(PATIENCE, settled.wait_for(|settled| *settled)).await;
-    }
-
-    /// Makes a change; answers once it is on disk.
-    pub(crate) async fn change(&self, change: Change) -> Answer {
-        let gone = || Refusal::Unavailable("the operator is stopping; try again".to_owned());
-        if !self.resources.borrow().contains_key(change.name()) {
-            // Stores may be about to say that there is such a keyspace.
-            self.settled.clone().wait_for(|settled| *settled).await.map_err(|_| gone())?;
-        }
-        let (answer, answered) = oneshot::channel();
-        self.commands.send(Command { change, answer }).await.map_err(|_| gone())?;
-        answered.await.map_err(|_| gone())?
-    }
-}
 
 /// One keyspace.
 struct Entry {
@@ -224,7 +178,8 @@ impl Driver {
 
     async fn pass(&mut self) {
         let dirty = self.hub.take_dirty();
-        let names: BTreeMap<&str, &str> = self.entries.iter().map(|(name, e)| (e.resource.uid(), name.as_str())).collect();
+        let names: BTreeMap<&str, &str> =
+            self.entries.iter().map(|(name, e)| (e.resource.uid(), name.as_str())).collect();
         let (touched, unknown): (BTreeSet<String>, bool) = match &dirty {
             Dirty::All => (self.entries.keys().cloned().collect(), true),
             Dirty::Some(uids) => (
@@ -270,7 +225,9 @@ impl Driver {
             if let Some(entry) = self.entries.get(&name) {
                 if first {
                     tracing::warn!(
-                        keyspace = name, uid, known = entry.resource.uid(),
+                        keyspace = name,
+                        uid,
+                        known = entry.resource.uid(),
                         "stores have another keyspace of this name; it is left alone"
                     );
                 }
@@ -284,7 +241,12 @@ impl Driver {
             }
             match edit::recover(&topology, self.env.now_ms()) {
                 Ok(resource) => {
-                    tracing::info!(keyspace = name, uid, version = topology.version, "recovered from what stores report");
+                    tracing::info!(
+                        keyspace = name,
+                        uid,
+                        version = topology.version,
+                        "recovered from what stores report"
+                    );
                     let mut entry = Entry::new(resource);
                     let done = self.commit(&mut entry, topology).await;
                     self.note(&mut entry, done.err());
@@ -304,7 +266,8 @@ impl Driver {
     fn has_majority(&self, topology: &Topology) -> bool {
         let seen = self.hub.look(&topology.uid);
         let view = topology.current.as_ref().filter(|v| v.size() > 0).or(topology.next.as_ref());
-        let stores: BTreeSet<&str> = view.into_iter().flat_map(View::places).map(|p| p.assignment.store.as_str()).collect();
+        let stores: BTreeSet<&str> =
+            view.into_iter().flat_map(View::places).map(|p| p.assignment.store.as_str()).collect();
         let here = stores.iter().filter(|s| seen.get(**s).is_some_and(|s| s.living && s.report.is_some())).count();
         2 * here > stores.len() || stores.is_empty()
     }
@@ -362,7 +325,9 @@ impl Driver {
         let mut resource = (*entry.resource).clone();
         match edit::take_over(&mut resource, &newer, self.env.now_ms()) {
             Ok(()) => entry.resource = Arc::new(resource),
-            Err(reason) => tracing::error!(keyspace = resource.name(), reason, "the spec in a store's topology can't be read"),
+            Err(reason) => {
+                tracing::error!(keyspace = resource.name(), reason, "the spec in a store's topology can't be read")
+            }
         }
         self.commit(entry, newer).await
     }
@@ -505,7 +470,12 @@ impl Driver {
         let retained: BTreeSet<&String> = retained.collect();
         remove.retain(|name| !ensure.contains(name) && !retained.contains(name));
         let wanted = Wanted { ensure, remove };
-        self.wanted.send_if_modified(|old| *old != wanted && { *old = wanted; true });
+        self.wanted.send_if_modified(|old| {
+            *old != wanted && {
+                *old = wanted;
+                true
+            }
+        });
     }
 
     fn show(&self) {
@@ -552,7 +522,9 @@ impl Driver {
             fresh: fresh_id(&self.env),
         };
         let Some(new) = edit::change(entry.map(|e| &*e.resource), change, &standing)? else {
-            return entry.map(|e| e.resource.clone()).ok_or_else(|| Refusal::Unavailable("nothing was changed".to_owned()));
+            return entry
+                .map(|e| e.resource.clone())
+                .ok_or_else(|| Refusal::Unavailable("nothing was changed".to_owned()));
         };
         let new = Arc::new(new);
         self.save(new.clone()).await.map_err(|e| Refusal::Unavailable(e.to_string()))?;

@@ -21,9 +21,19 @@ pub(crate) enum Change {
     Apply(Box<Keyspace>),
     /// The same for a document of a followed file: only if it differs from what was last applied.
     Follow(Box<Keyspace>),
-    Scale { name: String, shards: u32, replication_factor: Option<u32> },
-    Replace { name: String, store: String, accept_data_loss: bool },
-    Delete { name: String },
+    Scale {
+        name: String,
+        shards: u32,
+        replication_factor: Option<u32>,
+    },
+    Replace {
+        name: String,
+        store: String,
+        accept_data_loss: bool,
+    },
+    Delete {
+        name: String,
+    },
 }
 
 impl Change {
@@ -212,7 +222,9 @@ fn follow(wanted: &Keyspace, old: &Keyspace) -> Result<Keyspace, Refusal> {
 pub(crate) fn replacement(keyspace: &Keyspace) -> Option<Replacement> {
     let text = annotation(keyspace, REPLACE)?;
     serde_json::from_str(text)
-        .inspect_err(|error| tracing::warn!(keyspace = keyspace.name(), %error, "the annotation {REPLACE} can't be read"))
+        .inspect_err(
+            |error| tracing::warn!(keyspace = keyspace.name(), %error, "the annotation {REPLACE} can't be read"),
+        )
         .ok()
 }
 
@@ -241,7 +253,8 @@ fn replace(old: &Keyspace, store: &str, accept_data_loss: bool, by: &Standing<'_
              how far it is"
         )));
     }
-    let stores: BTreeSet<&str> = topology.current.iter().flat_map(View::places).map(|p| p.assignment.store.as_str()).collect();
+    let stores: BTreeSet<&str> =
+        topology.current.iter().flat_map(View::places).map(|p| p.assignment.store.as_str()).collect();
     if under_way.is_none() && !stores.contains(store) {
         let stores: Vec<&str> = stores.into_iter().collect();
         return Err(Refusal::Conflict(format!(
@@ -250,12 +263,15 @@ fn replace(old: &Keyspace, store: &str, accept_data_loss: bool, by: &Standing<'_
         )));
     }
     if old.spec.paused {
-        return Err(Refusal::Conflict(format!("keyspace {name} is paused: nothing is changed until spec.paused is false")));
+        return Err(Refusal::Conflict(format!(
+            "keyspace {name} is paused: nothing is changed until spec.paused is false"
+        )));
     }
     if !accept_data_loss && !by.living.contains(store) {
         let only = topology.current.iter().flat_map(|v| v.shards.iter().enumerate()).filter(|(_, shard)| {
             let here = |a: &&Assignment| a.store == store && a.replica != 0;
-            let elsewhere = |a: &Assignment| a.store != store && a.replica != 0 && a.serving && by.living.contains(&a.store);
+            let elsewhere =
+                |a: &Assignment| a.store != store && a.replica != 0 && a.serving && by.living.contains(&a.store);
             shard.replicas.iter().any(|a| here(&a)) && !shard.replicas.iter().any(elsewhere)
         });
         let only: Vec<String> = only.map(|(shard, _)| shard.to_string()).collect();
@@ -268,8 +284,11 @@ fn replace(old: &Keyspace, store: &str, accept_data_loss: bool, by: &Standing<'_
         }
     }
     let mut new = old.clone();
-    let mut wanted =
-        under_way.unwrap_or_else(|| Replacement { store: store.to_owned(), request: by.fresh.clone(), accept_data_loss });
+    let mut wanted = under_way.unwrap_or_else(|| Replacement {
+        store: store.to_owned(),
+        request: by.fresh.clone(),
+        accept_data_loss,
+    });
     wanted.accept_data_loss |= accept_data_loss;
     ask(&mut new, &wanted)?;
     Ok(new)
@@ -350,7 +369,8 @@ mod tests {
         old.metadata.uid = Some("other".to_owned());
         let refused = change(Some(&first), &Change::Apply(old), &by(None, &nobody)).unwrap_err();
         assert!(refused.to_string().contains("leave metadata.uid out"), "{refused}");
-        let gone = change(Some(&first), &Change::Delete { name: "packages".to_owned() }, &by(None, &nobody)).unwrap().unwrap();
+        let gone =
+            change(Some(&first), &Change::Delete { name: "packages".to_owned() }, &by(None, &nobody)).unwrap().unwrap();
         let refused = change(Some(&gone), &Change::Apply(wanted(5, 2)), &by(None, &nobody)).unwrap_err();
         assert!(refused.to_string().contains("wait until it is gone"), "{refused}");
     }
@@ -358,7 +378,8 @@ mod tests {
     #[test]
     fn a_scale_outlives_an_unchanged_file() {
         let nobody = BTreeSet::new();
-        let scale = |shards, replication_factor| Change::Scale { name: "packages".to_owned(), shards, replication_factor };
+        let scale =
+            |shards, replication_factor| Change::Scale { name: "packages".to_owned(), shards, replication_factor };
         let scaled = change(Some(&made()), &scale(5, None), &by(None, &nobody)).unwrap().unwrap();
         assert_eq!((scaled.spec.shards, scaled.spec.replication_factor, scaled.metadata.generation), (5, 1, Some(2)));
         assert_eq!(change(Some(&scaled), &Change::Follow(wanted(3, 1)), &by(None, &nobody)), Ok(None));

@@ -8,9 +8,9 @@ use std::time::{Duration, SystemTime};
 use tokio_util::sync::CancellationToken;
 use vasto_crds::{Keyspace, parse};
 
-use super::driver::Handle;
-use super::edit::{Change, Refusal};
 use super::Error;
+use super::edit::{Change, Refusal};
+use super::handle::Handle;
 
 const POLL: Duration = Duration::from_millis(500);
 
@@ -94,7 +94,8 @@ async fn take(file: &mut Followed, handle: &Handle) -> Vec<Keyspace> {
     for gone in file.keyspaces.iter().filter(|k| !names.contains(k.name())) {
         let keyspace = gone.name();
         tracing::warn!(
-            keyspace, file = shown,
+            keyspace,
+            file = shown,
             "the keyspace is not in the file any more; it stays: `vasto keyspace delete {keyspace}` deletes it"
         );
     }

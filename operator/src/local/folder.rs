@@ -22,7 +22,9 @@ const FORMAT: u32 = 1;
 #[non_exhaustive]
 pub enum Error {
     /// The system refused.
-    #[error("the operator's folder {dir} can't be used: {path}: {source}; it must be a folder that this user may write")]
+    #[error(
+        "the operator's folder {dir} can't be used: {path}: {source}; it must be a folder that this user may write"
+    )]
     Io {
         /// The folder.
         dir: PathBuf,
@@ -35,7 +37,9 @@ pub enum Error {
     #[error("the operator's folder {0} is in use by another process: stop that one, or choose another folder")]
     InUse(PathBuf),
     /// Written by a newer version.
-    #[error("the operator's folder {dir} has format {found}, and this version reads up to {FORMAT}: run the newer version that wrote it")]
+    #[error(
+        "the operator's folder {dir} has format {found}, and this version reads up to {FORMAT}: run the newer version that wrote it"
+    )]
     Newer {
         /// The folder.
         dir: PathBuf,
@@ -131,8 +135,7 @@ impl Folder {
         let path = self.dir.join("operator.json");
         match fs::read(&path) {
             Ok(bytes) => {
-                let found: FormatFile =
-                    serde_json::from_slice(&bytes).map_err(|e| unreadable(&path, e.to_string()))?;
+                let found: FormatFile = serde_json::from_slice(&bytes).map_err(|e| unreadable(&path, e.to_string()))?;
                 if found.format > FORMAT {
                     return Err(Error::Newer { dir: self.dir.clone(), found: found.format });
                 }
@@ -157,7 +160,10 @@ impl Folder {
                     if path != self.path(keyspace.name()) {
                         return Err(unreadable(
                             &path,
-                            format!("it holds the keyspace {:?}, and a file must be named after its keyspace", keyspace.name()),
+                            format!(
+                                "it holds the keyspace {:?}, and a file must be named after its keyspace",
+                                keyspace.name()
+                            ),
                         ));
                     }
                     found.insert(keyspace.name().to_owned(), keyspace);
@@ -322,7 +328,10 @@ mod tests {
         drop(Folder::open(dir.path()).unwrap());
         for (text, wanted) in [
             ("{", "can't be read"),
-            ("apiVersion: vasto.io/v1alpha1\nkind: Keyspace\nmetadata: {name: x}\nspec: {shards: 1, replicationFactor: 1}", "apply it instead"),
+            (
+                "apiVersion: vasto.io/v1alpha1\nkind: Keyspace\nmetadata: {name: x}\nspec: {shards: 1, replicationFactor: 1}",
+                "apply it instead",
+            ),
         ] {
             fs::write(dir.path().join("keyspaces/x.yaml"), text).unwrap();
             let error = Folder::open(dir.path()).unwrap_err().to_string();

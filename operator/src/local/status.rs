@@ -131,7 +131,8 @@ fn progress(from: &Sources<'_>, phase: Phase, old: Option<Progress>, pace: &mut 
 /// Every store that the topology names or that has replicas of the keyspace.
 fn stores(from: &Sources<'_>) -> Vec<StoreStatus> {
     let named = from.topology.map(Topology::stores).unwrap_or_default();
-    let holding = from.seen.iter().filter(|(_, s)| s.living && s.report.as_ref().is_some_and(|r| !r.replicas.is_empty()));
+    let holding =
+        from.seen.iter().filter(|(_, s)| s.living && s.report.as_ref().is_some_and(|r| !r.replicas.is_empty()));
     let names: BTreeSet<&str> = named.into_iter().chain(holding.map(|(name, _)| name.as_str())).collect();
     names.into_iter().map(|name| store(name, from)).collect()
 }
@@ -158,7 +159,8 @@ fn store(name: &str, from: &Sources<'_>) -> StoreStatus {
         status.replicas = Some(report.replicas.len() as u32);
         status.records = Some(report.replicas.iter().map(|r| r.records).sum());
         status.bytes = Some(report.replicas.iter().map(|r| r.bytes).sum());
-        let faults = report.replicas.iter().filter(|r| !r.fault.is_empty()).map(|r| format!("shard {}: {}", r.shard, r.fault));
+        let faults =
+            report.replicas.iter().filter(|r| !r.fault.is_empty()).map(|r| format!("shard {}: {}", r.shard, r.fault));
         let full = report.replicas.iter().any(|r| r.full).then(|| "its disk is full: it refuses writes".to_owned());
         let message = faults.chain(full).collect::<Vec<_>>().join("; ");
         status.message = (!message.is_empty()).then_some(message);

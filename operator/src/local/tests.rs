@@ -15,7 +15,8 @@ use tonic::transport::Channel;
 use vasto_client::env::Env;
 use vasto_client::v1::keyspaces_client::KeyspacesClient;
 use vasto_client::v1::{
-    ApplyRequest, DeleteRequest, DescribeRequest, ListRequest, Phase as Step, ReplaceRequest, ScaleRequest, Topology, View,
+    ApplyRequest, DeleteRequest, DescribeRequest, ListRequest, Phase as Step, ReplaceRequest, ScaleRequest, Topology,
+    View,
 };
 use vasto_crds::{Keyspace, KeyspaceSpec, Phase};
 
@@ -159,7 +160,7 @@ async fn a_keyspace_grows_shrinks_and_outlives_the_operators_files() {
 
     cluster.restart(&[], |dir| std::fs::remove_dir_all(dir).unwrap()).await;
     let (back, after) = cluster.until_ready(3, 1).await;
-    assert_eq!((back.uid(), back.spec), (made.uid(), KeyspaceSpec::new(3, 1)));
+    assert_eq!((back.uid(), back.spec.clone()), (made.uid(), KeyspaceSpec::new(3, 1)));
     assert_eq!(replicas(&after), replicas(&before));
     assert!(after.version >= before.version);
 
@@ -183,7 +184,9 @@ async fn files_lost_in_the_middle_of_a_change_and_of_a_replace() {
     let (_, _) = cluster.until(|_, t| t.replace.is_some()).await;
     cluster.restart(&[], |dir| std::fs::remove_dir_all(dir).unwrap()).await;
     let (_, after) = cluster.until(|k, t| reached(k, shards, 2) && t.replace.is_none() && !t.replaced.is_empty()).await;
-    let moved = |t: &Topology| replicas(t).into_iter().filter(|(store, _)| store == "store-1").map(|(_, id)| id).collect::<Vec<_>>();
+    let moved = |t: &Topology| {
+        replicas(t).into_iter().filter(|(store, _)| store == "store-1").map(|(_, id)| id).collect::<Vec<_>>()
+    };
     assert_eq!(moved(&after).len(), 2);
     assert!(moved(&after).iter().all(|id| !moved(&before).contains(id)), "made anew");
     cluster.end().await;
@@ -259,13 +262,17 @@ async fn a_wiped_store_is_healed_from_the_other_copy() {
 async fn refusals_say_what_would_be_right() {
     let mut cluster = Cluster::start().await;
     let name = || "packages".to_owned();
-    let missing = cluster.client.scale(ScaleRequest { name: name(), shards: 2, replication_factor: 0 }).await.unwrap_err();
+    let missing =
+        cluster.client.scale(ScaleRequest { name: name(), shards: 2, replication_factor: 0 }).await.unwrap_err();
     assert_eq!(missing.code(), Code::NotFound);
     assert!(missing.message().contains("there are none yet"), "{}", missing.message());
     cluster.apply(2, 1).await;
     cluster.until_ready(2, 1).await;
     let missing = cluster.client.delete(DeleteRequest { name: "other".to_owned() }).await.unwrap_err();
-    assert_eq!((missing.code(), missing.message()), (Code::NotFound, "keyspace \"other\" does not exist; these do: packages"));
+    assert_eq!(
+        (missing.code(), missing.message()),
+        (Code::NotFound, "keyspace \"other\" does not exist; these do: packages")
+    );
     for (shards, copies, words) in [(0, 0, "from 1 to 1024"), (1, 2, "lower replicationFactor or raise shards")] {
         let request = ScaleRequest { name: name(), shards, replication_factor: copies };
         let refused = cluster.client.scale(request).await.unwrap_err();

@@ -51,7 +51,7 @@ pub(super) fn step(t: &mut Topology, call: &mut Call<'_>) {
             }
         }
     }
-    done &= cancelled_are_clean(t, call);
+    done &= others_are_clean(t, call);
     for drop in &t.drops {
         if seen.has(&drop.store, drop.replica) {
             let (store, replica) = (drop.store.clone(), drop.replica);
@@ -89,15 +89,16 @@ fn unserve_absent(t: &mut Topology, seen: &Observation, shards: &[u32]) {
     }
 }
 
-/// After a cancelled shrink: whether all have deleted what they had copied already.
-fn cancelled_are_clean(t: &Topology, call: &mut Call<'_>) -> bool {
-    if t.previous.is_some() {
-        return true;
-    }
+/// Whether those that clean without leaving anything have done so: who had copied keys for a
+/// shrink that was cancelled, and who came back after it was given up.
+fn others_are_clean(t: &Topology, call: &mut Call<'_>) -> bool {
+    let leaves = |id| t.previous.as_ref().is_some_and(|v| v.place(id).is_some());
     let mut done = true;
-    for place in t.current.iter().flat_map(View::places).filter(|p| t.clean.contains(&p.assignment.replica)) {
+    for place in t.current.iter().flat_map(View::places) {
         let report = call.seen.living(place.assignment);
-        if report.is_none_or(|r| r.cleaned_version != t.switch_version) {
+        let cleaned = report.is_some_and(|r| r.cleaned_version == t.switch_version);
+        let id = place.assignment.replica;
+        if t.clean.contains(&id) && !leaves(id) && !cleaned {
             call.wait(Wait::Clean { store: place.assignment.store.clone(), shard: place.shard });
             done = false;
         }

@@ -2,8 +2,8 @@
 
 use vasto_client::v1::{Phase, Topology, View};
 
-use super::wait::Wait;
 use super::Call;
+use super::wait::Wait;
 
 /// Done once every living old owner has fenced. One that is away fences when it comes
 /// back, and is waited for in CLEANUP.

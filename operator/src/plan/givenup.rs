@@ -76,14 +76,17 @@ pub(super) fn candidates(t: &Topology) -> impl Iterator<Item = Drop> {
 }
 
 /// Whether others hold what this replica holds: under `current`, another of its shard;
-/// under `previous`, another of its old shard that has not been cleaned yet, or
-/// the new owners of all its keys, who had all but the last of it before clients were sent to them.
+/// under `previous`, until CLEANUP, another of its old shard; from then on the new
+/// owners of all its keys, who have drained what its shard's living replicas accepted.
 fn covered(t: &Topology, seen: &Observation, replica: u64) -> bool {
     let in_current = |view: &View| view.place(replica).is_none_or(|p| seen.has_copy(view, p.shard, replica));
     let in_previous = |view: &View| {
         view.place(replica).is_none_or(|p| {
-            let old = t.phase() != Phase::Cleanup && seen.has_copy(view, p.shard, replica);
-            old || t.current.as_ref().is_some_and(|current| {
+            if t.phase() != Phase::Cleanup {
+                // The new owners may lack the last writes that it accepted.
+                return seen.has_copy(view, p.shard, replica);
+            }
+            t.current.as_ref().is_some_and(|current| {
                 (0..current.size())
                     .filter(|j| shards_meet(p.shard, p.shards, *j, current.size()))
                     .all(|j| seen.has_copy(current, j, replica))

@@ -53,7 +53,5 @@ pub fn expected_share(from: &View, to: &View) -> f64 {
     let holds = |shard: u32, store: &str| {
         from.places().any(|p| p.shard == shard && p.assignment.store == store && p.assignment.replica != 0)
     };
-    to.places()
-        .map(|p| if holds(p.shard, &p.assignment.store) { (1.0 / m - 1.0 / n).max(0.0) } else { 1.0 / m })
-        .sum()
+    to.places().map(|p| if holds(p.shard, &p.assignment.store) { (1.0 / m - 1.0 / n).max(0.0) } else { 1.0 / m }).sum()
 }

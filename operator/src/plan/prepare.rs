@@ -90,13 +90,7 @@ fn ready(t: &Topology, call: &Call<'_>) -> Result<(), Vec<Wait>> {
 
 /// Whether this place of `next` can serve its whole shard at once. An error if it must
 /// be waited for; `Ok(false)` if not.
-fn able_to_serve(
-    t: &Topology,
-    current: &View,
-    call: &Call<'_>,
-    shard: u32,
-    place: &Assignment,
-) -> Result<bool, Wait> {
+fn able_to_serve(t: &Topology, current: &View, call: &Call<'_>, shard: u32, place: &Assignment) -> Result<bool, Wait> {
     let seen = call.seen;
     let next_size = t.next.as_ref().map_or(0, View::size);
     let stays = place.replica != 0 && current.place(place.replica).is_some();
@@ -125,8 +119,12 @@ fn switch(t: &mut Topology, call: &Call<'_>) {
         let able = call.seen.living(place).is_some_and(|r| r.born && r.fault.is_empty());
         if place.replica != 0 && current.place(place.replica).is_none() {
             place.serving = able;
-            // One that came back after it was given up belongs to the keyspace again.
-            t.given_up.retain(|g| g.replica != place.replica);
+            // One that came back after it was given up belongs to the keyspace again; it may
+            // have keys of another view.
+            if t.is_given_up(place.replica) {
+                t.given_up.retain(|g| g.replica != place.replica);
+                t.clean.push(place.replica);
+            }
         }
     }
     t.switch_version = call.version;

@@ -55,9 +55,11 @@ pub(super) fn reached_by_next(t: &Topology, seen: &Observation) -> Result<(), Wa
 /// the death of a majority would leave no way on. A lost store is left out only if this
 /// operator has heard it (what it knew was adopted) or a person has accepted the loss.
 pub(super) fn without_lost(t: &Topology, call: &Call<'_>) -> bool {
-    let person = call.spec.replace.as_ref().is_some_and(|r| {
-        r.accept_data_loss && r.request != t.replaced && call.seen.is_lost(&r.store)
-    });
+    let person = call
+        .spec
+        .replace
+        .as_ref()
+        .is_some_and(|r| r.accept_data_loss && r.request != t.replaced && call.seen.is_lost(&r.store));
     concerned(t, call.seen).into_iter().all(|mut stores| {
         stores.retain(|s| !(call.seen.is_lost(s) && (person || call.seen.heard.contains(s))));
         majority(t, call.seen, &stores).is_ok()

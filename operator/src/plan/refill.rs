@@ -34,6 +34,8 @@ pub(super) fn step(t: &mut Topology, call: &mut Call<'_>) -> bool {
         }
     }
     let taken: Vec<u64> = filled.places().map(|p| p.assignment.replica).filter(|id| *id != 0).collect();
+    let back: Vec<u64> = taken.iter().copied().filter(|id| t.is_given_up(*id)).collect();
+    t.clean.extend(back);
     t.given_up.retain(|g| !taken.contains(&g.replica));
     t.next = (0..filled.size()).any(|shard| hollow(&filled, shard)).then(|| request(&filled));
     t.current = Some(filled);
@@ -43,6 +45,7 @@ pub(super) fn step(t: &mut Topology, call: &mut Call<'_>) -> bool {
 /// What stores are to make. It names the empty shards alone, and never an id: stores make candidates
 /// for its places; once an id stands in `current`, with `previous` before it, its sources are the old owners.
 fn request(current: &View) -> View {
-    let only = |shard: u32| if hollow(current, shard) { current.shards[shard as usize].clone() } else { Shard::default() };
+    let only =
+        |shard: u32| if hollow(current, shard) { current.shards[shard as usize].clone() } else { Shard::default() };
     View { shards: (0..current.size()).map(only).collect() }
 }

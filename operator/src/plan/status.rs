@@ -178,7 +178,9 @@ fn degraded(state: Option<&Topology>, call: &Call<'_>) -> Condition {
     }
     for (store, stray) in state.into_iter().flat_map(|s| keep::strays(s, seen)).filter(|(_, r)| !r.candidate) {
         let (id, shard) = (stray.id, stray.shard);
-        let text = format!("{store} has replica {id:016x} of shard {shard}, which the keyspace does not know; it is left alone");
+        let text = format!(
+            "{store} has replica {id:016x} of shard {shard}, which the keyspace does not know; it is left alone"
+        );
         found.push((7, "StrayReplica", text));
     }
     found.sort();

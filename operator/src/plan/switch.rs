@@ -2,9 +2,9 @@
 
 use vasto_client::v1::{Phase, Topology};
 
+use super::Call;
 use super::health::places;
 use super::wait::Wait;
-use super::Call;
 
 /// The fence follows once watchers know, and each shard has a living new owner that knows
 /// itself to be one: at no instant does nobody accept a key's writes.

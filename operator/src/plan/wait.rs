@@ -166,7 +166,9 @@ impl fmt::Display for Wait {
                  volume, or replace {store} and accept the loss of data"
             ),
             Self::Watchers { version } => write!(f, "waits for clients to learn version {version}"),
-            Self::Fence { store, shard } => write!(f, "waits for {store} to stop writes under the old owners of shard {shard}"),
+            Self::Fence { store, shard } => {
+                write!(f, "waits for {store} to stop writes under the old owners of shard {shard}")
+            }
             Self::Drain { shard, store } => {
                 write!(f, "waits for shard {shard} to take over the last writes that {store} accepted")
             }

@@ -75,6 +75,10 @@ impl Replica {
         let existing = if op.is_blind() { None } else { self.record.clone() };
         let applied = apply(existing, op, &context, &mut || self.clock.tick(now_ms))?;
         self.clock.observe(applied.stamp.time);
+        // What is blind is newer than all there is, so it is what a join would have made.
+        if let Some(there) = self.record.take() {
+            assert_eq!(join(there, applied.record.clone()), applied.record);
+        }
         self.record = Some(applied.record);
         Ok(applied.stamp)
     }
@@ -397,12 +401,14 @@ fn the_wires_operations_are_taken_as_they_are_meant() {
 fn a_merge_lost_in_a_crash_and_found_at_a_peer_counts_beside_the_new_origins() {
     let mut a = Replica::new(1);
     a.write(5, add(1.0)).unwrap();
+    let synced = a.record.clone();
+    a.write(5, add(10.0)).unwrap();
     let peer = Replica::holding(a.record(), 2);
-    a.record = None;
+    a.record = synced;
     a.restart(3);
-    a.write(5, add(2.0)).unwrap();
+    a.write(5, add(100.0)).unwrap();
     a.learn(peer.record());
-    assert_eq!(a.read(5), Content::Number(number(3.0)));
+    assert_eq!(a.read(5), Content::Number(number(111.0)));
 }
 
 #[test]

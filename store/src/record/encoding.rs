@@ -449,6 +449,12 @@ mod tests {
         assert!(edited(&record, |b| b[8] = 4).is_ok());
         assert!(edited(&record, |b| b[8] = 5).is_ok(), "a greater origin, at the same time, is later");
         assert!(edited(&record, |b| (b[8], b[16]) = (5, 1)).is_err());
+        // The same chunk twice; one that the base has reset.
+        let chunk = |time| Chunk { stamp: Stamp { time, origin: 1 }, bytes: Bytes::from_static(b"c") };
+        let chunks = Record::new(Base::default(), vec![], vec![chunk(5), chunk(6)]);
+        let size = chunk_size(&chunk(5));
+        assert!(edited(&chunks, |b| b.copy_within(first..first + size, first + size)).is_err());
+        assert!(edited(&chunks, |b| (b[8], b[16]) = (5, 1)).is_err());
         // No slots, said with a flag and a count; an expiry of 0.
         let bare = Record::unwritten(1);
         for flag in [HAS_SLOTS, HAS_CHUNKS, HAS_EXPIRY] {

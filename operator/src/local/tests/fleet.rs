@@ -11,9 +11,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use vasto_client::env::Env;
 use vasto_client::v1::operator_client::OperatorClient;
-use vasto_client::v1::{
-    KeyspaceReport, Phase, ReplicaReport, SourceReport, StoreReport, StoreUpdate, Topology, View,
-};
+use vasto_client::v1::{KeyspaceReport, Phase, ReplicaReport, SourceReport, StoreReport, StoreUpdate, Topology, View};
 
 use crate::local::{BoxError, StoreRunner};
 
@@ -215,7 +213,14 @@ impl Store {
 fn replica(id: u64, replica: &Replica, topology: &Topology) -> ReplicaReport {
     let sources = topology.sources(id).into_iter().map(|s| {
         let id = s.assignment.replica;
-        SourceReport { replica: id, epoch: id, confirmed: SEQ, records: SEQ, records_total: SEQ, ..SourceReport::default() }
+        SourceReport {
+            replica: id,
+            epoch: id,
+            confirmed: SEQ,
+            records: SEQ,
+            records_total: SEQ,
+            ..SourceReport::default()
+        }
     });
     ReplicaReport {
         id,

@@ -137,7 +137,9 @@ fn a_replace_of_an_unknown_store_is_said_and_left() {
 
 #[test]
 fn a_change_of_mind_in_each_phase() {
-    for (from, to, back) in [((5, 2), (8, 2), (5, 2)), ((5, 1), (2, 1), (5, 1)), ((3, 2), (5, 2), (4, 3)), ((4, 3), (4, 1), (4, 2))] {
+    for (from, to, back) in
+        [((5, 2), (8, 2), (5, 2)), ((5, 1), (2, 1), (5, 1)), ((3, 2), (5, 2), (4, 3)), ((4, 3), (4, 1), (4, 2))]
+    {
         for phase in CHANGE {
             let mut sim = Sim::in_use(from.0, from.1);
             sim.scale(to.0, to.1);
@@ -182,7 +184,7 @@ fn a_store_that_is_away_is_waited_for_in_each_phase() {
                 (0..KEYS).for_each(|key| {
                     sim.write(key, 0, 1);
                 });
-                    assert!(condition(&sim, "Degraded").status || (store == "store-3" && phase == Phase::Prepare));
+                assert!(condition(&sim, "Degraded").status || (store == "store-3" && phase == Phase::Prepare));
                 sim.back(store);
                 sim.settled();
                 assert!(sim.excused.is_empty(), "{store} in {phase:?}");
@@ -436,7 +438,13 @@ fn clients_are_told_of_a_switch_only_once_a_majority_has_it() {
 
 #[test]
 fn waits_are_sentences() {
-    let behind = Wait::Behind { store: "store-1".into(), replica: 0x7f, shard: 1, source: "store-0".into(), lag: Some(NEAR + 1) };
+    let behind = Wait::Behind {
+        store: "store-1".into(),
+        replica: 0x7f,
+        shard: 1,
+        source: "store-0".into(),
+        lag: Some(NEAR + 1),
+    };
     assert_eq!(behind.to_string(), "replica 000000000000007f of shard 1 on store-1 is 1001 records behind store-0");
     let mut seen = Observation::new(store_name);
     seen.stores.insert("store-0".into(), Presence::Living(None));
@@ -444,6 +452,8 @@ fn waits_are_sentences() {
     let outcome = plan(&sim.spec, None, &seen);
     assert_eq!(
         outcome.waits.first().map(ToString::to_string).as_deref(),
-        Some("2 shards with replication factor 3 can't be placed: both must be at least 1, and the factor not more than the shards")
+        Some(
+            "2 shards with replication factor 3 can't be placed: both must be at least 1, and the factor not more than the shards"
+        )
     );
 }

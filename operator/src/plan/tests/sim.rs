@@ -129,8 +129,7 @@ impl Sim {
     }
 
     pub(super) fn replace(&mut self, store: &str, request: &str, accept_data_loss: bool) {
-        self.spec.replace =
-            Some(ReplaceRequest { store: store.into(), request: request.into(), accept_data_loss });
+        self.spec.replace = Some(ReplaceRequest { store: store.into(), request: request.into(), accept_data_loss });
     }
 
     pub(super) fn store(&mut self, name: &str) -> &mut Store {
@@ -190,9 +189,12 @@ impl Sim {
         let lost = |w: &u32| {
             let Some(t) = truth else { return true };
             let key = hash(self.writes[*w as usize]);
-            let owner = |view: &Option<View>, id| view.as_ref().is_some_and(|v| v.place(id).is_some_and(|p| p.owns(key)));
+            let owner =
+                |view: &Option<View>, id| view.as_ref().is_some_and(|v| v.place(id).is_some_and(|p| p.owns(key)));
             let left = self.stores.values().flat_map(|s| s.replicas.keys()).any(|id| owner(&t.current, *id));
-            !self.held(*w, t, |id| !left || owner(&t.current, id) || owner(&t.previous, id))
+            // Who may clean now has handed over already.
+            let old = |id| owner(&t.previous, id) && !t.clean.contains(&id);
+            !self.held(*w, t, |id| owner(&t.current, id) || old(id) || (!left && !t.clean.contains(&id)))
         };
         let lost: Vec<u32> = writes.iter().copied().filter(lost).collect();
         self.excused.extend(lost);
@@ -282,7 +284,10 @@ impl Sim {
             assert_eq!(ids.len(), ids.iter().collect::<BTreeSet<_>>().len(), "a replica twice in a view: {t:?}");
             for p in view.places() {
                 assert!(p.assignment.replica != 0 || !p.assignment.serving, "a vacant place serves: {t:?}");
-                assert!(t.phase() == Phase::Deleting || t.drops.iter().all(|d| d.replica != p.assignment.replica), "dropped and in use: {t:?}");
+                assert!(
+                    t.phase() == Phase::Deleting || t.drops.iter().all(|d| d.replica != p.assignment.replica),
+                    "dropped and in use: {t:?}"
+                );
             }
         }
         match t.phase() {
@@ -297,8 +302,7 @@ impl Sim {
         let Some(state) = state else { return };
         let new: Vec<_> = next.given_up.iter().filter(|g| !state.is_given_up(g.replica)).cloned().collect();
         for g in &new {
-            let by_person =
-                self.spec.replace.as_ref().is_some_and(|r| r.accept_data_loss && r.store == g.store);
+            let by_person = self.spec.replace.as_ref().is_some_and(|r| r.accept_data_loss && r.store == g.store);
             let dropped = state.drops.iter().any(|d| d.replica == g.replica);
             if !by_person && !dropped {
                 for key in (0..KEYS).map(hash) {
@@ -350,7 +354,8 @@ impl Sim {
         let mut store = self.stores[name].clone();
         let Some(t) = store.topology.clone().filter(|_| store.alive) else { return };
         if t.phase() == Phase::Deleting {
-            *self.store(name) = Store { alive: true, linked: store.linked, empty_since_deletion: true, ..Store::default() };
+            *self.store(name) =
+                Store { alive: true, linked: store.linked, empty_since_deletion: true, ..Store::default() };
             return;
         }
         let named: BTreeSet<u64> = t.views().flat_map(View::places).map(|p| p.assignment.replica).collect();
@@ -367,8 +372,12 @@ impl Sim {
                 store.replicas.insert(id, Replica { shard: place.shard, ..Replica::default() });
             }
         }
-        let births: Vec<u64> =
-            store.replicas.iter().filter(|(id, r)| !r.born && groups(&t, **id).is_some_and(|g| g.is_empty())).map(|(id, _)| *id).collect();
+        let births: Vec<u64> = store
+            .replicas
+            .iter()
+            .filter(|(id, r)| !r.born && groups(&t, **id).is_some_and(|g| g.is_empty()))
+            .map(|(id, _)| *id)
+            .collect();
         for id in births {
             let epoch = self.id();
             let replica = store.replicas.get_mut(&id).expect("listed");
@@ -382,7 +391,7 @@ impl Sim {
                 replica.fence = (t.switch_version, replica.log.len());
                 replica.log.push(0);
             }
-            if t.phase() == Phase::Cleanup && t.clean.contains(id) && replica.cleaned != t.switch_version {
+            if t.clean.contains(id) && replica.cleaned != t.switch_version {
                 let place = t.current.as_ref().and_then(|v| v.place(*id)).expect("only owners are cleaned");
                 replica.has.retain(|w| place.owns(hash(self.writes[*w as usize])));
                 let sources: BTreeSet<u64> = t.sources(*id).iter().map(|p| p.assignment.replica).collect();
@@ -518,7 +527,10 @@ impl Sim {
     /// Whether some replica that `t` counts on holds this write.
     fn held(&self, write: u32, t: &Topology, counts: impl Fn(u64) -> bool) -> bool {
         let key = hash(self.writes[write as usize]);
-        self.stores.values().flat_map(|s| &s.replicas).any(|(id, r)| r.has.contains(&write) && counts(*id) && t.holds(*id, key))
+        self.stores
+            .values()
+            .flat_map(|s| &s.replicas)
+            .any(|(id, r)| r.has.contains(&write) && counts(*id) && t.holds(*id, key))
     }
 
     fn check(&self) {
@@ -530,7 +542,9 @@ impl Sim {
                 self.writes[*write as usize]
             );
         }
-        if self.peaceful && let Some(known) = self.published.last() {
+        if self.peaceful
+            && let Some(known) = self.published.last()
+        {
             for key in (0..KEYS).map(hash) {
                 let taken = self.stores.iter().any(|(n, s)| s.replicas.keys().any(|id| self.accepts(n, *id, key)));
                 assert!(taken, "nobody accepts a key's writes, under {known:?} and {truth:?}");
@@ -546,7 +560,10 @@ impl Sim {
             let key = hash(self.writes[*write as usize]);
             let owner = |id| current.place(id).is_some_and(|p| p.owns(key));
             let left = self.stores.values().flat_map(|s| s.replicas.keys()).any(|id| owner(*id));
-            assert!(self.held(*write, &truth, |id| !left || owner(id)), "replica {id} dropped undrained, with write {write}: {truth:?}");
+            assert!(
+                self.held(*write, &truth, |id| !left || owner(id)),
+                "replica {id} dropped undrained, with write {write}: {truth:?}"
+            );
         }
     }
 
@@ -681,7 +698,11 @@ fn groups(t: &Topology, id: u64) -> Option<Vec<Vec<u64>>> {
     let pairs = [(t.next.as_ref(), t.current.as_ref()), (t.current.as_ref(), t.previous.as_ref())];
     let (place, before) = pairs.into_iter().find_map(|(view, before)| Some((view?.place(id)?, before)))?;
     let members = |view: &View, shard| -> Vec<u64> {
-        view.places().filter(|p| p.shard == shard).map(|p| p.assignment.replica).filter(|r| *r != 0 && *r != id).collect()
+        view.places()
+            .filter(|p| p.shard == shard)
+            .map(|p| p.assignment.replica)
+            .filter(|r| *r != 0 && *r != id)
+            .collect()
     };
     let groups: Vec<Vec<u64>> = match before {
         Some(before) => (0..before.size())

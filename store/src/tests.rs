@@ -1,0 +1,361 @@
+//! What a replica promises, on real files: one batch for a record and its change,
+//! no stamp, seq or merge used twice whatever a crash takes, fences that outlive a restart,
+//! positions that never skip silently, tombstones that go only when all have confirmed.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use bytes::Bytes;
+use tokio::sync::Notify;
+use vasto_client::env::Env;
+use vasto_client::hash::{jump_hash, partition_hash};
+use vasto_client::v1::{Assignment, FailureCode, FollowStart, Phase, Position, Shard, SnapshotRequired, Topology, View};
+
+use crate::engine::{Engine, Shared};
+use crate::follow;
+use crate::merge::{Change, Limits, LocalOp};
+use crate::meta;
+use crate::record::{Base, Content, Kind, Number, Op, Record, Slot, Stamp, time_of};
+use crate::replica::{Context, Replica, Settings};
+use crate::writer::{LocalWrite, PeerBatch, Refused};
+
+const ME: u64 = 7;
+const PEER: u64 = 8;
+
+fn context() -> Context {
+    Context { shared: Shared::new(8 << 20, 16 << 20), env: Env::real(), changed: Arc::new(Notify::new()) }
+}
+
+fn settings() -> Settings {
+    Settings { synced: false, limits: Limits::default(), grace_ms: 1 }
+}
+
+fn view(shards: &[&[u64]]) -> View {
+    let place = |id: &u64| Assignment { store: format!("store-{id}"), replica: *id, serving: true };
+    View { shards: shards.iter().map(|s| Shard { replicas: s.iter().map(place).collect() }).collect() }
+}
+
+fn stable(version: u64, shards: &[&[u64]]) -> Arc<Topology> {
+    Arc::new(Topology { uid: "u".into(), version, current: Some(view(shards)), ..Topology::default() })
+}
+
+/// A born replica of shard 0 in this folder, as a candidate of an empty shard is born.
+fn open(dir: &Path, topology: &Arc<Topology>) -> Arc<Replica> {
+    if !dir.join("replica.json").exists() {
+        Replica::create(dir, ME, 0).unwrap();
+        let engine = Engine::open(&dir.join("db"), &context().shared).unwrap();
+        let mut batch = engine.batch();
+        batch.put_id(ME);
+        batch.put_ceilings(0, 1);
+        batch.put_birth(&SnapshotRequired { epoch: 99, birth_seq: 1, ..SnapshotRequired::default() });
+        engine.write(batch, true).unwrap();
+    }
+    Replica::open(dir, topology.clone(), settings(), &context()).unwrap()
+}
+
+/// The files as SIGKILL would leave them now: what was written, nothing more.
+fn crashed(dir: &Path) -> tempfile::TempDir {
+    let copy = tempfile::tempdir().unwrap();
+    let status = std::process::Command::new("cp").arg("-r").arg(dir.join(".")).arg(copy.path()).status().unwrap();
+    assert!(status.success());
+    let _ = std::fs::remove_file(copy.path().join("db/LOCK"));
+    copy
+}
+
+fn set(key: &str, content: Content) -> LocalWrite {
+    let change = Change::Set { content, expiry_ms: 0, time_ms: None };
+    write(key, change)
+}
+
+fn write(key: &str, change: Change) -> LocalWrite {
+    let op = LocalOp { partition_hash: partition_hash(key.as_bytes()), change };
+    LocalWrite { key: Bytes::copy_from_slice(key.as_bytes()), op, after: None, named_partition: false }
+}
+
+async fn put(replica: &Replica, key: &str) -> Result<Stamp, Refused> {
+    one(replica, set(key, Content::Bytes(Bytes::from_static(b"value")))).await
+}
+
+async fn one(replica: &Replica, write: LocalWrite) -> Result<Stamp, Refused> {
+    replica.write(vec![write]).await.pop().unwrap()
+}
+
+fn kind(replica: &Replica, key: &str) -> Kind {
+    match replica.engine.row(key.as_bytes()).unwrap() {
+        Some(row) => Record::decode(row.record).unwrap().kind(Env::real().now_ms()),
+        None => Kind::Nothing,
+    }
+}
+
+fn record(key: &str, time: u64, content: Content) -> Record {
+    let stamp = Stamp { time, origin: 5 };
+    let base = Base { stamp, expiry_ms: 0, partition_hash: partition_hash(key.as_bytes()), content };
+    Record::new(base, Vec::new(), Vec::new())
+}
+
+fn from_peer(key: &str, record: Record, seq: u64) -> PeerBatch {
+    PeerBatch {
+        from: 5,
+        records: vec![(Bytes::copy_from_slice(key.as_bytes()), record)],
+        positions: vec![Position { replica: PEER, epoch: 1, seq }],
+        clock: 0,
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_record_and_its_change_are_written_together_or_not_at_all() {
+    let dir = tempfile::tempdir().unwrap();
+    let replica = open(dir.path(), &stable(1, &[&[ME]]));
+    let writing = replica.clone();
+    let task = tokio::spawn(async move {
+        for i in 0..4_000 {
+            put(&writing, &format!("key-{}", i % 50)).await.unwrap();
+        }
+    });
+    let mut seen = 0;
+    while !task.is_finished() {
+        let copy = tempfile::tempdir().unwrap();
+        replica.engine.checkpoint(&copy.path().join("db")).unwrap();
+        let engine = Engine::open(&copy.path().join("db"), &context().shared).unwrap();
+        let changes = engine.changes(0, usize::MAX).unwrap();
+        let mut rows = 0;
+        let check = |key: &[u8], seq: u64, _: &[u8]| {
+            let line = changes.iter().find(|c| c.seq == seq).unwrap_or_else(|| panic!("row {seq} has no change"));
+            assert_eq!(line.key, key);
+            rows += 1;
+            true
+        };
+        engine.rows(b"", None, check).unwrap();
+        for line in &changes {
+            assert!(engine.row(&line.key).unwrap().unwrap().seq >= line.seq, "change {} has no row", line.seq);
+        }
+        seen += rows;
+    }
+    task.await.unwrap();
+    assert!(seen > 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_deleted_key_stays_deleted_when_an_older_put_arrives() {
+    let dir = tempfile::tempdir().unwrap();
+    let replica = open(dir.path(), &stable(1, &[&[ME, PEER]]));
+    put(&replica, "key").await.unwrap();
+    one(&replica, set("key", Content::Nothing)).await.unwrap();
+    let older = record("key", 1, Content::Bytes(Bytes::from_static(b"older")));
+    replica.apply(from_peer("key", older, 10)).await.unwrap();
+    assert_eq!(kind(&replica, "key"), Kind::Nothing);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_peer_sends_again_after_a_crash_counts_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let topology = stable(1, &[&[ME, PEER]]);
+    let replica = open(dir.path(), &topology);
+    let slot = Slot { start: Stamp { time: 3, origin: 5 }, op: Op::Sum, seq: 4, number: Number::try_from(2.5).unwrap() };
+    let merged = Record::new(Record::unwritten(partition_hash(b"key")).into_parts().0, vec![slot], Vec::new());
+    replica.apply(from_peer("key", merged.clone(), 10)).await.unwrap();
+    let seq = replica.progress.last_seq();
+    replica.apply(from_peer("key", merged.clone(), 10)).await.unwrap();
+    assert_eq!(replica.progress.last_seq(), seq, "what changes nothing is no change");
+
+    let copy = crashed(dir.path());
+    let again = open(copy.path(), &topology);
+    assert_eq!(again.progress.position(PEER).map(|p| p.seq), Some(10), "the position is in the record's batch");
+    again.apply(from_peer("key", merged, 10)).await.unwrap();
+    let row = again.engine.row(b"key").unwrap().unwrap();
+    let read = Record::decode(row.record).unwrap().read(Env::real().now_ms());
+    assert_eq!(read.content, Content::Number(Number::try_from(2.5).unwrap()));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_stamp_seq_or_origin_is_used_twice_whatever_a_crash_takes() {
+    let dir = tempfile::tempdir().unwrap();
+    let topology = stable(1, &[&[ME]]);
+    let replica = open(dir.path(), &topology);
+    // The first write syncs the ceilings; the later ones are only in the log's unsynced end.
+    put(&replica, "first").await.unwrap();
+    let early = crashed(dir.path());
+    let mut last = Stamp::ZERO;
+    for i in 0..100 {
+        last = put(&replica, &format!("key-{i}")).await.unwrap();
+    }
+    // As if the machine had lost all that came after the last sync.
+    let again = open(early.path(), &topology);
+    assert!(again.engine.row(b"key-99").unwrap().is_none());
+    assert_ne!(again.origin, replica.origin);
+    assert!(again.progress.last_seq() >= replica.progress.last_seq());
+    let next = put(&again, "next").await.unwrap();
+    assert!(next.time > last.time, "{next:?} after {last:?}");
+    assert!(again.progress.last_seq() > replica.progress.last_seq());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_clean_stop_keeps_origin_and_seq_and_a_crash_after_it_does_not() {
+    let dir = tempfile::tempdir().unwrap();
+    let topology = stable(1, &[&[ME]]);
+    let replica = open(dir.path(), &topology);
+    put(&replica, "key").await.unwrap();
+    let (origin, seq) = (replica.origin, replica.progress.last_seq());
+    replica.stop().await;
+    drop(replica);
+    let again = open(dir.path(), &topology);
+    assert_eq!((again.origin, again.progress.last_seq()), (origin, seq));
+    // The mark is gone before the first stamp: a crash right now is no clean stop.
+    let copy = crashed(dir.path());
+    assert_ne!(open(copy.path(), &topology).origin, origin);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_fence_refuses_what_moved_away_and_outlives_a_restart() {
+    let dir = tempfile::tempdir().unwrap();
+    let key = (0..).map(|i| format!("key-{i}")).find(|k| jump_hash(partition_hash(k.as_bytes()), 2) == 1).unwrap();
+    let replica = open(dir.path(), &stable(1, &[&[ME]]));
+    put(&replica, &key).await.unwrap();
+    let change = |version, phase: Phase| {
+        Arc::new(Topology {
+            version,
+            phase: phase.into(),
+            current: Some(view(&[&[ME], &[PEER]])),
+            previous: Some(view(&[&[ME]])),
+            switch_version: 2,
+            ..Topology::default()
+        })
+    };
+    replica.install(change(2, Phase::Switch)).await;
+    put(&replica, &key).await.expect("until the fence old owners accept");
+    replica.install(change(3, Phase::Fence)).await;
+    let fence = replica.progress.fence();
+    assert_eq!((fence.version, fence.seq), (2, replica.progress.last_seq()));
+    let refused = put(&replica, &key).await.unwrap_err();
+    assert_eq!(refused.code, FailureCode::WrongShard);
+    // A deposed leader's older word changes nothing.
+    replica.install(change(2, Phase::Switch)).await;
+    assert_eq!(put(&replica, &key).await.unwrap_err().code, FailureCode::WrongShard);
+
+    let copy = crashed(dir.path());
+    let again = open(copy.path(), &change(3, Phase::Fence));
+    assert_eq!(again.progress.fence(), fence);
+    assert_eq!(put(&again, &key).await.unwrap_err().code, FailureCode::WrongShard);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_peer_never_brings_back_what_moved_away() {
+    let dir = tempfile::tempdir().unwrap();
+    let key = (0..).map(|i| format!("key-{i}")).find(|k| jump_hash(partition_hash(k.as_bytes()), 2) == 1).unwrap();
+    let replica = open(dir.path(), &stable(1, &[&[ME], &[PEER]]));
+    let foreign = record(&key, 1, Content::Bytes(Bytes::from_static(b"foreign")));
+    replica.apply(from_peer(&key, foreign, 10)).await.unwrap();
+    assert!(replica.engine.row(key.as_bytes()).unwrap().is_none());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_page_ships_each_current_record_once_and_nothing_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let topology = stable(1, &[&[ME, PEER]]);
+    let replica = open(dir.path(), &topology);
+    put(&replica, "twice").await.unwrap();
+    put(&replica, "once").await.unwrap();
+    put(&replica, "twice").await.unwrap();
+    let given = record("given", 9, Content::Bytes(Bytes::from_static(b"x")));
+    replica.apply(from_peer("given", given, 10)).await.unwrap();
+    let last = replica.progress.last_seq();
+    let page = |origin| follow::page(&replica.engine, &topology, (ME, PEER), origin, 1, last).unwrap();
+    let keys = |origin| page(origin).records.into_iter().map(|r| r.key).collect::<Vec<_>>();
+    assert_eq!(keys(5), ["once", "twice"], "what its present life gave is not sent back");
+    assert_eq!(keys(6), ["once", "twice", "given"], "what an earlier life gave is: it may have lost that");
+    assert_eq!(page(5).seq, last);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_position_that_cannot_be_served_asks_for_a_snapshot() {
+    let dir = tempfile::tempdir().unwrap();
+    let replica = open(dir.path(), &stable(1, &[&[ME, PEER]]));
+    for i in 0..10 {
+        put(&replica, &format!("key-{i}")).await.unwrap();
+    }
+    replica.trim(5).await;
+    put(&replica, "after the trim").await.unwrap();
+    let asked = |epoch, seq| follow::required(&replica, &FollowStart { epoch, seq, ..FollowStart::default() });
+    assert!(asked(99, 5).is_none());
+    assert!(asked(99, 4).unwrap().reason.contains("are gone"));
+    assert!(asked(98, 5).unwrap().reason.contains("not known"));
+    assert!(asked(99, 1_000).unwrap().reason.contains("last change"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tombstone_goes_only_below_the_horizon() {
+    let dir = tempfile::tempdir().unwrap();
+    let replica = open(dir.path(), &stable(1, &[&[ME, PEER]]));
+    put(&replica, "key").await.unwrap();
+    one(&replica, set("key", Content::Nothing)).await.unwrap();
+    put(&replica, "kept").await.unwrap();
+    replica.engine.compact().unwrap();
+    assert!(replica.engine.row(b"key").unwrap().is_some(), "nobody has confirmed it");
+    replica.engine.collection.horizon.store(replica.progress.last_seq(), Ordering::Release);
+    replica.engine.compact().unwrap();
+    assert!(replica.engine.row(b"key").unwrap().is_none());
+    assert!(replica.engine.row(b"kept").unwrap().is_some());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_clock_passes_every_stamp_that_is_stored_and_every_sessions() {
+    let dir = tempfile::tempdir().unwrap();
+    let replica = open(dir.path(), &stable(1, &[&[ME, PEER]]));
+    let ahead = time_of(Env::real().now_ms() + 3_600_000);
+    replica.apply(from_peer("key", record("key", ahead, Content::Nothing), 10)).await.unwrap();
+    assert!(put(&replica, "key").await.unwrap().time > ahead, "a put comes after all that its replica has seen");
+    let after = Stamp { time: ahead * 2, origin: 1 };
+    let write = LocalWrite { after: Some(after), ..set("key", Content::Nothing) };
+    assert!(one(&replica, write).await.unwrap() > after);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn clean_up_forgets_positions_in_other_shards() {
+    let dir = tempfile::tempdir().unwrap();
+    let replica = open(dir.path(), &stable(1, &[&[ME, PEER], &[9]]));
+    let batch = PeerBatch {
+        positions: vec![Position { replica: PEER, epoch: 1, seq: 4 }, Position { replica: 9, epoch: 1, seq: 4 }],
+        ..PeerBatch::default()
+    };
+    replica.apply(batch).await.unwrap();
+    replica.cleaned(3).await;
+    put(&replica, "after it").await.ok();
+    assert!(replica.progress.position(PEER).is_some());
+    assert_eq!(replica.progress.position(9), None, "what was copied from there is deleted");
+    let kept: Vec<u64> = meta::read(&replica.engine).unwrap().positions.iter().map(|p| p.replica).collect();
+    assert_eq!(kept, [PEER]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_queue_refuses_at_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let replica = open(dir.path(), &stable(1, &[&[ME]]));
+    let big = || set("key", Content::Bytes(vec![0; 8 << 20].into()));
+    let all = futures::future::join_all((0..64).map(|_| one(&replica, big()))).await;
+    let refused = all.iter().filter(|r| r.as_ref().is_err_and(|e| e.code == FailureCode::ResourceExhausted)).count();
+    let accepted = all.iter().filter(|r| r.is_ok()).count();
+    assert_eq!(refused + accepted, 64);
+    assert!(refused > 0 && accepted > 0, "{refused} refused, {accepted} accepted");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_whole_replica_without_its_database_is_broken_not_new() {
+    let dir = tempfile::tempdir().unwrap();
+    let topology = stable(1, &[&[ME]]);
+    let replica = open(dir.path(), &topology);
+    replica.stop().await;
+    drop(replica);
+    std::fs::remove_dir_all(dir.path().join("db")).unwrap();
+    let error = Replica::open(dir.path(), topology, settings(), &context()).err().unwrap();
+    assert!(error.to_string().contains("gone or empty"), "{error}");
+}
+
+#[test]
+fn a_disk_that_is_nearly_full_takes_no_writes() {
+    let now = Arc::new(AtomicU64::new(1_000));
+    let clock = now.clone();
+    let env = Env::new(move || clock.load(Ordering::Relaxed), || 1, |_| unreachable!());
+    let mut room = crate::dir::disk_watch(std::env::temp_dir(), env);
+    assert!(room());
+}
