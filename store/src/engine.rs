@@ -204,7 +204,8 @@ impl Engine {
         meta.set_block_based_table_factory(&table(shared, false));
 
         let families = [
-            ColumnFamilyDescriptor::new("default", Options::default()),
+            // Unused; but the log's files are allocated ahead by the greatest write buffer of all.
+            ColumnFamilyDescriptor::new("default", meta.clone()),
             ColumnFamilyDescriptor::new(RECORDS, records),
             ColumnFamilyDescriptor::new(CHANGES, changes),
             ColumnFamilyDescriptor::new(META, meta),

@@ -429,6 +429,9 @@ impl Keyspace {
         let _turn = self.installing.lock().await;
         let slot = match opened {
             Ok(Ok(Some(replica))) => {
+                for (source, built) in building.sources() {
+                    replica.progress.update_source(source, |s| *s = SourceProgress { lag: u64::MAX, ..built });
+                }
                 replica.install(self.topology()).await;
                 Slot::Open(replica)
             }

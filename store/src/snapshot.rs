@@ -13,7 +13,7 @@ use tonic::{Status, Streaming};
 use vasto_client::v1::peer_client::PeerClient;
 use vasto_client::v1::snapshot_response::Message;
 use vasto_client::v1::{
-    Phase, Position, SnapshotEnd, SnapshotFile, SnapshotRecords, SnapshotRequest, SnapshotResponse, SnapshotStart, Topology,
+    Phase, Position, SnapshotEnd, SnapshotFile, SnapshotRecords, SnapshotRequest, SnapshotResponse, SnapshotStart, Topology, View,
 };
 
 use crate::engine;
@@ -63,7 +63,7 @@ impl From<engine::Error> for Error {
 
 /// Whether the target wants all that the source has, so that its files serve as they are.
 fn whole(topology: &Topology, source: u64, target: u64) -> bool {
-    let place = |view: Option<&vasto_client::v1::View>, id| view.and_then(|v| v.place(id)).map(|p| (p.shard, p.shards));
+    let place = |view: Option<&View>, id| view.and_then(|v| v.place(id)).map(|p| (p.shard, p.shards));
     // Only while nothing foreign can be there: a change is being prepared, none is being cleaned up.
     if topology.phase() != Phase::Prepare {
         return false;
@@ -71,6 +71,18 @@ fn whole(topology: &Topology, source: u64, target: u64) -> bool {
     let has = place(topology.current.as_ref(), source);
     let wants = place(topology.next.as_ref(), target);
     has.is_some() && has == wants && place(topology.current.as_ref(), target).is_none()
+}
+
+/// The part of the source's records that jump hash gives to the target.
+fn share(topology: &Topology, source: u64, target: u64) -> f64 {
+    let place = |view: Option<&View>, id| view.and_then(|v| v.place(id)).map(|p| (p.shard, f64::from(p.shards)));
+    let pairs = [(&topology.next, &topology.current), (&topology.current, &topology.previous)];
+    let found = pairs.into_iter().find_map(|(to, from)| place(to.as_ref(), target).zip(place(from.as_ref(), source)));
+    match found {
+        Some(((j, m), (i, n))) if i == j => (n / m).min(1.0),
+        Some(((_, m), _)) => 1.0 / m,
+        None => 1.0,
+    }
 }
 
 /// The source's side of `Snapshot`.
@@ -135,7 +147,9 @@ impl Source {
         // After it: nothing in it is newer.
         let last_seq = self.replica.progress.last_seq();
         let clock = self.replica.progress.clock();
-        let (records_total, bytes_total) = engine.estimate();
+        let (records, bytes) = engine.estimate();
+        let share = share(&self.topology, self.replica.id, self.request.target);
+        let (records_total, bytes_total) = ((records as f64 * share) as u64, (bytes as f64 * share) as u64);
         let start = SnapshotStart {
             epoch: self.epoch,
             pin: pin_seq,
@@ -412,7 +426,7 @@ impl Reader {
     pub fn positions(&self, topology: &Topology) -> Vec<Position> {
         let Some(start) = &self.start else { return Vec::new() };
         let mut positions = vec![Position { replica: self.from.replica, epoch: start.epoch, seq: start.pin }];
-        let siblings = |view: &vasto_client::v1::View, peer| {
+        let siblings = |view: &View, peer| {
             let (a, b) = (view.place(self.from.replica), view.place(peer));
             a.zip(b).is_some_and(|(a, b)| a.shard == b.shard)
         };

@@ -4,3 +4,4 @@
 mod changes;
 mod faults;
 mod bad_input;
+mod up;

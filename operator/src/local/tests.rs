@@ -26,7 +26,8 @@ use fleet::Fleet;
 /// An operator, its folder, and a client of it.
 struct Cluster {
     dir: TempDir,
-    address: String,
+    /// Kept, so that nobody else takes the port while the operator is down.
+    port: std::net::TcpListener,
     fleet: Arc<Fleet>,
     stop: CancellationToken,
     served: JoinHandle<Result<(), Error>>,
@@ -35,13 +36,15 @@ struct Cluster {
 
 impl Cluster {
     async fn start() -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap().to_string();
+        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        port.set_nonblocking(true).unwrap();
+        let listener = TcpListener::from_std(port.try_clone().unwrap()).unwrap();
+        let address = port.local_addr().unwrap().to_string();
         let dir = tempfile::tempdir().unwrap();
         let (fleet, stop) = (Fleet::new(&address), CancellationToken::new());
         let served = serve(&dir.path().join("operator"), &[], listener, fleet.clone(), &stop);
         let client = KeyspacesClient::new(Env::real().dial(&address).unwrap());
-        Self { dir, address, fleet, stop, served, client }
+        Self { dir, port, fleet, stop, served, client }
     }
 
     async fn end(&mut self) {
@@ -54,10 +57,10 @@ impl Cluster {
         self.end().await;
         let dir = self.dir.path().join("operator");
         meanwhile(&dir);
-        let listener = TcpListener::bind(&self.address).await.unwrap();
+        let listener = TcpListener::from_std(self.port.try_clone().unwrap()).unwrap();
         self.stop = CancellationToken::new();
         self.served = serve(&dir, files, listener, self.fleet.clone(), &self.stop);
-        self.client = KeyspacesClient::new(Env::real().dial(&self.address).unwrap());
+        self.client = KeyspacesClient::new(Env::real().dial(&self.port.local_addr().unwrap().to_string()).unwrap());
     }
 
     async fn apply(&mut self, shards: u32, copies: u32) -> Keyspace {
@@ -316,7 +319,7 @@ async fn a_followed_file_counts_when_it_is_edited() {
         options
     };
     let refused = Operator::open(options()).err().unwrap().to_string();
-    assert!(refused.contains("keyspaces.yaml: document 1: is not YAML"), "{refused}");
+    assert!(refused.contains("keyspaces.yaml: document 1: can't be read as YAML"), "{refused}");
     write(&document(2));
     cluster.served = tokio::spawn(async { Ok(()) });
     cluster.restart(&[&path], |_| {}).await;

@@ -5,6 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use vasto_client::hash::{jump_hash, partition_hash, shards_meet};
+use vasto_client::topology::Place;
 use vasto_client::v1::{KeyspaceReport, Phase, ReplicaReport, SourceReport, Topology, View};
 
 use super::super::health::hollow;
@@ -265,6 +266,9 @@ impl Sim {
         if let Some(next) = &outcome.next {
             assert_eq!(next.version, state.as_ref().map_or(1, |s| s.version + 1));
             self.sane(next);
+            if let Some(state) = &state {
+                self.earned(state, next, &seen);
+            }
             self.note_given_up(state.as_ref(), next, &seen);
             if self.phases.last() != Some(&next.phase()) {
                 self.phases.push(next.phase());
@@ -295,6 +299,73 @@ impl Sim {
             Phase::Prepare => assert!(t.next.is_some() && t.previous.is_none(), "{t:?}"),
             _ => {}
         }
+    }
+
+    /// A step is taken only once what it stands on is so.
+    fn earned(&self, state: &Topology, next: &Topology, seen: &Observation) {
+        let (Some(before), Some(after)) = (&state.current, &next.current) else { return };
+        let switched = next.switch_version != state.switch_version && next.phase() != Phase::Cleanup;
+        // Who begins to be served has what its living sources had, but for the last of it.
+        for place in after.places().filter(|p| p.assignment.serving) {
+            let served = before.place(place.assignment.replica).is_some_and(|p| p.assignment.serving);
+            let Some(replica) = self.alive(&place.assignment.store, place.assignment.replica).filter(|_| !served) else {
+                assert!(served || seen.is_living(&place.assignment.store), "it is away and begins to be served");
+                continue;
+            };
+            assert!(replica.born);
+            let of = if switched { before } else { after };
+            for source in state.sources(place.assignment.replica) {
+                let id = source.assignment.replica;
+                let Some(from) = self.linked(&source.assignment.store, id).filter(|r| r.born && of.place(id).is_some()) else {
+                    continue;
+                };
+                let (epoch, at, heard) = replica.positions.get(&id).expect("it follows");
+                assert!(*epoch == from.epoch && heard - at <= 2, "served too early: {next:?}");
+            }
+        }
+        if switched && before.size() > 0 {
+            let stores: BTreeSet<&str> = after
+                .places()
+                .filter(|p| state.next.as_ref().is_some_and(|v| v.place(p.assignment.replica).is_some()))
+                .map(|p| p.assignment.store.as_str())
+                .collect();
+            let have = stores.iter().filter(|s| seen.persisted(s) >= state.version).count();
+            assert!(have * 2 > stores.len(), "switched to stores that don't know it: {next:?}");
+        }
+        if (state.phase(), next.phase()) == (Phase::Switch, Phase::Fence) {
+            for key in (0..KEYS).map(hash) {
+                let ready = after.places().filter(|p| p.owns(key)).any(|p| {
+                    let store = &self.stores[&p.assignment.store];
+                    let knows = store.topology.as_ref().is_some_and(|t| t.version >= next.switch_version);
+                    store.alive && store.linked && knows && p.assignment.serving
+                });
+                assert!(ready, "fenced before a new owner knows: {next:?}");
+            }
+        }
+        if (state.phase(), next.phase()) == (Phase::Drain, Phase::Cleanup) {
+            for new in after.places().filter(|p| p.assignment.serving) {
+                let Some(replica) = self.linked(&new.assignment.store, new.assignment.replica) else { continue };
+                let others = |p: &Place<'_>| {
+                    p.assignment.replica != new.assignment.replica && shards_meet(p.shard, p.shards, new.shard, new.shards)
+                };
+                for old in state.previous.iter().flat_map(View::places).filter(others) {
+                    let Some(from) = self.linked(&old.assignment.store, old.assignment.replica) else { continue };
+                    assert_eq!(from.fence.0, next.switch_version, "not fenced: {next:?}");
+                    for write in from.log[..from.fence.1].iter().filter(|w| **w != 0 && from.has.contains(w)) {
+                        let owns = new.owns(hash(self.writes[*write as usize]));
+                        assert!(!owns || replica.has.contains(write), "not drained, but served: {next:?}");
+                    }
+                }
+            }
+        }
+    }
+
+    fn alive(&self, store: &str, id: u64) -> Option<&Replica> {
+        self.stores.get(store).filter(|s| s.alive).and_then(|s| s.replicas.get(&id))
+    }
+
+    fn linked(&self, store: &str, id: u64) -> Option<&Replica> {
+        self.stores.get(store).filter(|s| s.linked).and_then(|_| self.alive(store, id))
     }
 
     /// Without a person, only where another living copy serves is a replica given up.
