@@ -307,33 +307,47 @@ impl Checker<'_> {
     }
 
     /// Looks again at what differed, until it agrees or the time is over; only what lasts is kept.
+    ///
+    /// Under writes, copies are apart for an instant again and again: so a few
+    /// looks are taken however long they take, unless there is plainly much wrong.
     async fn settle(&mut self, replicas: &[Replica], time: Duration) {
+        const LOOKS: u32 = 4;
+        const MUCH: usize = 1_000;
         let until = Instant::now() + time;
-        while self.findings.iter().any(|f| f.wrong != Wrong::Foreign) && Instant::now() < until {
-            tokio::time::sleep(Duration::from_millis(300)).await;
-            let mut lasting = Vec::new();
-            for mut finding in std::mem::take(&mut self.findings) {
-                if finding.wrong == Wrong::Foreign || Instant::now() > until {
-                    lasting.push(finding);
-                    continue;
-                }
-                let here = replicas.iter().filter(|r| r.shard == finding.shard && r.unread.is_none());
-                let mut copies = Vec::new();
-                for replica in here {
-                    copies.push(self.look(replica, &finding.key).await);
-                }
-                let read: Option<Vec<Option<Held>>> = copies.into_iter().collect();
-                match read.as_deref().map(verdict) {
-                    Some(None) => {}
-                    Some(Some(wrong)) => {
-                        finding.wrong = wrong;
-                        lasting.push(finding);
-                    }
-                    None => lasting.push(finding),
-                }
+        let mut looks = 0;
+        loop {
+            let (foreign, differing): (Vec<_>, Vec<_>) =
+                std::mem::take(&mut self.findings).into_iter().partition(|f| f.wrong == Wrong::Foreign);
+            let over = Instant::now() >= until && (looks >= LOOKS || differing.len() > MUCH);
+            if differing.is_empty() || over {
+                self.findings = foreign;
+                self.findings.extend(differing);
+                return;
             }
-            self.findings = lasting;
+            tokio::time::sleep(Duration::from_millis(300)).await;
+            let looked: Vec<Option<Finding>> = {
+                let this = &*self;
+                let again = differing.into_iter().map(|finding| this.again(replicas, finding));
+                stream::iter(again).buffered(8).collect().await
+            };
+            self.findings = foreign;
+            self.findings.extend(looked.into_iter().flatten());
+            looks += 1;
         }
+    }
+
+    /// The finding as it is now, if it still is one.
+    async fn again(&self, replicas: &[Replica], mut finding: Finding) -> Option<Finding> {
+        let mut copies = Vec::new();
+        for replica in replicas.iter().filter(|r| r.shard == finding.shard && r.unread.is_none()) {
+            match self.look(replica, &finding.key).await {
+                Some(copy) => copies.push(copy),
+                // What can't be read now is as wrong as it was.
+                None => return Some(finding),
+            }
+        }
+        finding.wrong = verdict(&copies)?;
+        Some(finding)
     }
 
     /// One replica's copy of a key now; the outer `None`: it can't be read.

@@ -9,6 +9,7 @@ use anyhow::Context as _;
 use clap::Args;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
+use vasto_client::ScanOptions;
 use vasto_operator::local::{Operator, Options};
 
 use crate::context::{Context, parse_address};
@@ -90,9 +91,10 @@ async fn announce(context: Context, mut waiting: BTreeSet<String>, start: Instan
                 known = true;
             }
             for keyspace in keyspaces.iter().filter(|k| crate::keyspace::is_ready(k)) {
-                if waiting.remove(keyspace.name()) {
-                    let (name, time) = (keyspace.name(), span(start.elapsed()));
-                    let shards = counted(keyspace.spec.shards.into(), "shard");
+                let name = keyspace.name();
+                if waiting.contains(name) && answers(&context, name).await {
+                    waiting.remove(name);
+                    let (shards, time) = (counted(keyspace.spec.shards.into(), "shard"), span(start.elapsed()));
                     let _ = emit_line(format!("keyspace {name} is ready: {shards}, {time} after the start"));
                 }
             }
@@ -101,6 +103,13 @@ async fn announce(context: Context, mut waiting: BTreeSet<String>, start: Instan
         let pause = if start.elapsed() < Duration::from_secs(10) { 50 } else { 1000 };
         tokio::time::sleep(Duration::from_millis(pause)).await;
     }
+}
+
+/// Whether every shard answers: after a restart, a status may be from before it. A scan asks them all.
+async fn answers(context: &Context, name: &str) -> bool {
+    let Ok(keyspace) = context.keyspace(name).await else { return false };
+    let first = keyspace.scan(ScanOptions::new().limit(1)).next().await;
+    !matches!(first, Some(Err(_)))
 }
 
 #[cfg(test)]

@@ -1,6 +1,8 @@
 //! Bad input: each is refused with words that say what was wrong and what would
 //! be right, with the right exit code, and nothing is lost.
 
+#![allow(clippy::unwrap_used, reason = "a test that can't go on fails")]
+
 mod common;
 
 use std::path::Path;

@@ -7,12 +7,14 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use tonic::transport::{Channel, Endpoint};
 
+type Dial = dyn Fn(&str) -> Result<Channel, tonic::transport::Error> + Send + Sync;
+
 /// What a part of Vasto takes from the world. Cheap to clone.
 #[derive(Clone)]
 pub struct Env {
     now_ms: Arc<dyn Fn() -> u64 + Send + Sync>,
     random: Arc<dyn Fn() -> u64 + Send + Sync>,
-    dial: Arc<dyn Fn(&str) -> Result<Channel, tonic::transport::Error> + Send + Sync>,
+    dial: Arc<Dial>,
 }
 
 impl Env {

@@ -3,7 +3,7 @@
 //! operator's planner ask here, so that they can't disagree.
 
 use crate::hash::{jump_hash, shards_meet};
-use crate::v1::{Assignment, Phase, Topology, View};
+use crate::v1::{Assignment, GivenUp, Phase, Topology, View};
 
 /// One replica's place in one view.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -140,6 +140,22 @@ impl Topology {
             }
         }
         found
+    }
+
+    /// Whether `target` must take over this key from `returned`, a replica that came
+    /// back after it was given up: the target owns it under `current`.
+    pub fn hands_over(&self, returned: u64, target: u64, partition_hash: u64) -> bool {
+        self.given_up.iter().any(|g| g.replica == returned && g.returned)
+            && self.current.as_ref().and_then(|v| v.place(target)).is_some_and(|p| p.owns(partition_hash))
+    }
+
+    /// Every given-up replica that came back with something for `target`.
+    pub fn handing_over(&self, target: u64) -> Vec<&GivenUp> {
+        let Some(place) = self.current.as_ref().and_then(|v| v.place(target)) else { return Vec::new() };
+        self.given_up
+            .iter()
+            .filter(|g| g.returned && g.replica != target && shards_meet(g.shard, g.shards, place.shard, place.shards))
+            .collect()
     }
 
     /// Whether this replica was given up.

@@ -169,7 +169,8 @@ impl Building {
             })
             .collect();
         let clock = done.iter().map(|r| r.clock).max().unwrap_or(0);
-        let birth = Birth { births, positions, clock, seq: BIRTH_SEQ, epoch: keyspace.env().random_id() };
+        let horizon = done.iter().filter_map(|r| r.start.as_ref()).map(|s| s.horizon).max().unwrap_or(0);
+        let birth = Birth { births, positions, clock, seq: BIRTH_SEQ, epoch: keyspace.env().random_id(), horizon };
         let id = self.id;
         let born = tokio::task::spawn_blocking(move || {
             engine.ingest(files)?;
@@ -225,7 +226,14 @@ impl Building {
                 theirs.positions.into_iter().filter(|p| p.replica != id).map(|p| (p.replica, p)).collect();
             let here = Position { replica: source, epoch: start.epoch, seq: last };
             positions.insert(source, here);
-            let birth = Birth { births: vec![here], positions, clock: clock.max(theirs.clock), seq: last.max(1), epoch };
+            let birth = Birth {
+                births: vec![here],
+                positions,
+                clock: clock.max(theirs.clock),
+                seq: last.max(1),
+                epoch,
+                horizon: theirs.horizon.max(start.horizon),
+            };
             birth.write(&engine, id)
         });
         born.await.map_err(|e| snapshot::Error::Store(e.to_string()))??;
@@ -257,6 +265,7 @@ struct Birth {
     clock: u64,
     seq: u64,
     epoch: u64,
+    horizon: u64,
 }
 
 impl Birth {
@@ -264,6 +273,7 @@ impl Birth {
         let mut batch = engine.batch();
         batch.put_id(id);
         batch.put_ceilings(self.clock, self.seq);
+        batch.put_horizon(self.horizon);
         for position in self.positions.values() {
             batch.put_position(position);
         }

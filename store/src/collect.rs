@@ -19,10 +19,20 @@ const LINES_SLACK: u64 = 4_096;
 /// Remembers since when which changes are confirmed by all.
 #[derive(Debug, Default)]
 pub struct Collector {
-    /// (unix ms, seq): at that time everything up to seq was confirmed by all.
-    samples: VecDeque<(u64, u64)>,
-    /// The incarnation of the waiting: a change under way empties it.
+    /// At that time everything up to seq was confirmed by all.
+    samples: VecDeque<Sample>,
+    /// Nothing above this may be collected.
     horizon: u64,
+    /// The clock when that was sampled: no row below the horizon has a greater stamp.
+    time: u64,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Sample {
+    at_ms: u64,
+    seq: u64,
+    /// The replica's clock, read after `seq`.
+    time: u64,
 }
 
 impl Collector {
@@ -35,7 +45,11 @@ impl Collector {
         let settings = replica.settings();
 
         let confirmed = confirmed_by_all(&topology, replica.id, last_seq, |id| replica.progress.confirmed_by(id));
-        let horizon = self.horizon_at(confirmed, now, settings.grace_ms);
+        let horizon = self.horizon_at(confirmed, now, settings.grace_ms, replica.progress.clock());
+        // Synced before anything goes: what a returned replica has from before it is then not believed.
+        if self.time > replica.progress.horizon() && replica.set_horizon(self.time).await.is_err() {
+            return;
+        }
         let collection = &replica.engine.collection;
         collection.expired_before_ms.store(now.saturating_sub(settings.limits.max_clock_skew_ms), Ordering::Release);
         collection.horizon.store(horizon, Ordering::Release);
@@ -49,20 +63,18 @@ impl Collector {
     }
 
     /// The seq up to which collection is allowed, given what all have confirmed now.
-    fn horizon_at(&mut self, confirmed: Option<u64>, now_ms: u64, grace_ms: u64) -> u64 {
+    fn horizon_at(&mut self, confirmed: Option<u64>, now_ms: u64, grace_ms: u64, time: u64) -> u64 {
         let Some(confirmed) = confirmed else {
             self.samples.clear();
             self.horizon = 0;
             return 0;
         };
         // A sample each sixteenth of the grace time is fine enough, and bounds the list.
-        if self.samples.back().is_none_or(|(at, seq)| now_ms >= at + grace_ms / 16 && *seq != confirmed) {
-            self.samples.push_back((now_ms, confirmed));
+        if self.samples.back().is_none_or(|s| now_ms >= s.at_ms + grace_ms / 16 && s.seq != confirmed) {
+            self.samples.push_back(Sample { at_ms: now_ms, seq: confirmed, time });
         }
-        while self.samples.front().is_some_and(|(at, _)| at + grace_ms <= now_ms) {
-            if let Some((_, seq)) = self.samples.pop_front() {
-                self.horizon = seq;
-            }
+        while let Some(sample) = self.samples.pop_front_if(|s| s.at_ms + grace_ms <= now_ms) {
+            (self.horizon, self.time) = (sample.seq, sample.time);
         }
         self.horizon
     }
@@ -129,12 +141,12 @@ mod tests {
     #[test]
     fn the_grace_time_runs_from_the_confirmation() {
         let mut collector = Collector::default();
-        assert_eq!(collector.horizon_at(Some(5), 1_000, 100), 0);
-        assert_eq!(collector.horizon_at(Some(9), 1_050, 100), 0);
-        assert_eq!(collector.horizon_at(Some(9), 1_100, 100), 5);
-        assert_eq!(collector.horizon_at(Some(9), 1_149, 100), 5);
-        assert_eq!(collector.horizon_at(Some(9), 1_150, 100), 9);
-        assert_eq!(collector.horizon_at(None, 1_151, 100), 0);
+        assert_eq!(collector.horizon_at(Some(5), 1_000, 100, 1), 0);
+        assert_eq!(collector.horizon_at(Some(9), 1_050, 100, 1), 0);
+        assert_eq!(collector.horizon_at(Some(9), 1_100, 100, 1), 5);
+        assert_eq!(collector.horizon_at(Some(9), 1_149, 100, 1), 5);
+        assert_eq!(collector.horizon_at(Some(9), 1_150, 100, 1), 9);
+        assert_eq!(collector.horizon_at(None, 1_151, 100, 1), 0);
     }
 
     #[test]

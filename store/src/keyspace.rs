@@ -21,7 +21,7 @@ use crate::collect::Collector;
 use crate::dir::{Dir, write_durably};
 use crate::merge::Limits;
 use crate::replica::{Context, Replica, Settings, SourceProgress};
-use crate::{clean, follow};
+use crate::{clean, follow, snapshot};
 
 /// Why a keyspace's folder can't be used.
 #[derive(Debug, thiserror::Error)]
@@ -456,9 +456,18 @@ impl Keyspace {
         member.spawn(async move {
             let mut updates = keyspace.updates();
             let mut following: HashMap<(u64, String), tokio_util::task::AbortOnDropHandle<()>> = HashMap::new();
+            let mut taking = HashMap::new();
             loop {
                 let topology = keyspace.topology();
                 updates.mark_unchanged();
+                for returned in topology.handing_over(follower.id) {
+                    let task = (returned.replica, returned.store.clone());
+                    taking.entry(task.clone()).or_insert_with(|| {
+                        let task = snapshot::take_over(keyspace.clone(), follower.clone(), task.0, task.1);
+                        tokio_util::task::AbortOnDropHandle::new(tokio::spawn(task))
+                    });
+                }
+                taking.retain(|(id, _), _| topology.is_given_up(*id));
                 let wanted: HashSet<(u64, String)> = topology
                     .sources(follower.id)
                     .iter()
@@ -645,6 +654,7 @@ fn report_open(topology: &Topology, replica: &Replica) -> ReplicaReport {
         todo_records: progress.todo(),
         full: progress.full.load(Ordering::Relaxed),
         candidate: !progress.served(),
+        taken_over: progress.taken_over(),
     }
 }
 

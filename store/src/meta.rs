@@ -16,6 +16,7 @@ const BIRTH: &[u8] = b"birth";
 const FENCE: &[u8] = b"fence";
 const CLEANED: &[u8] = b"cleaned";
 const TRIMMED: &[u8] = b"trimmed";
+const HORIZON: &[u8] = b"horizon";
 const SERVED: &[u8] = b"served";
 const POSITION: &[u8] = b"position/";
 
@@ -49,6 +50,8 @@ pub struct Meta {
     pub cleaned: u64,
     /// Lines of `changes` up to this seq are gone.
     pub trimmed: u64,
+    /// Stamp time up to which tombstones may have been collected here, or where it was copied from.
+    pub horizon: u64,
     /// It has stood in a `current` view.
     pub served: bool,
     /// How far it has applied its peers' changes.
@@ -83,6 +86,7 @@ pub fn read(engine: &Engine) -> Result<Meta, Error> {
         },
         cleaned: number(&rows, CLEANED),
         trimmed: number(&rows, TRIMMED),
+        horizon: number(&rows, HORIZON),
         served: bytes(SERVED).is_some(),
         positions: to_positions(engine.metas(POSITION)?),
     })
@@ -145,6 +149,11 @@ impl Batch<'_> {
     /// Lines up to this seq are gone.
     pub fn put_trimmed(&mut self, seq: u64) {
         self.put_meta(TRIMMED, &seq.to_be_bytes());
+    }
+
+    /// Tombstones up to this stamp time may be collected from here on.
+    pub fn put_horizon(&mut self, time: u64) {
+        self.put_meta(HORIZON, &time.to_be_bytes());
     }
 
     /// It stands in a `current` view.

@@ -1,7 +1,7 @@
 //! A replica: its folder, its engine, its writer's queue, and what others may
 //! see of how far it has come. Opening one decides its life: origin, clock and seq.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
@@ -101,6 +101,7 @@ struct State {
     fence: Fence,
     cleaned: u64,
     todo: u64,
+    taken_over: BTreeSet<u64>,
 }
 
 /// What others may see of a replica, and what they tell it.
@@ -110,6 +111,7 @@ pub struct Progress {
     synced: watch::Sender<u64>,
     synced_seq: AtomicU64,
     clock: AtomicU64,
+    horizon: AtomicU64,
     trimmed: AtomicU64,
     served: AtomicBool,
     /// The disk is full.
@@ -215,6 +217,23 @@ impl Progress {
     /// By the writer, after a batch.
     pub fn set_clock(&self, time: u64) {
         self.clock.store(time, Ordering::Release);
+    }
+    /// Stamp time up to which tombstones may have been collected.
+    pub fn horizon(&self) -> u64 {
+        self.horizon.load(Ordering::Acquire)
+    }
+    /// By the writer, once it is synced.
+    pub fn set_horizon(&self, time: u64) {
+        self.horizon.fetch_max(time, Ordering::AcqRel);
+    }
+    /// A given-up replica's records are taken over here.
+    pub fn set_taken_over(&self, replica: u64) {
+        self.state().taken_over.insert(replica);
+        self.changed.notify_one();
+    }
+    /// The given-up replicas whose records are taken over.
+    pub fn taken_over(&self) -> Vec<u64> {
+        self.state().taken_over.iter().copied().collect()
     }
     /// Lines up to this are gone.
     pub fn trimmed(&self) -> u64 {
@@ -368,11 +387,13 @@ impl Replica {
                 confirmed_by: HashMap::new(),
                 sources: HashMap::new(),
                 todo: 0,
+                taken_over: BTreeSet::new(),
             }),
             last_seq: watch::Sender::new(seq),
             synced: watch::Sender::new(0),
             synced_seq: AtomicU64::new(seq),
             clock: AtomicU64::new(found.clock),
+            horizon: AtomicU64::new(found.horizon),
             trimmed: AtomicU64::new(found.trimmed),
             served: AtomicBool::new(found.served),
             full: AtomicBool::new(false),
@@ -473,6 +494,11 @@ impl Replica {
     /// Notes that the foreign keys of this change are gone.
     pub async fn cleaned(&self, version: u64) {
         let _ = self.commands.send(Command::Cleaned(version)).await;
+    }
+
+    /// Lets tombstones up to this stamp time be collected, from when this returns on.
+    pub async fn set_horizon(&self, time: u64) -> Result<(), Refused> {
+        self.ask(|reply| Command::Horizon(time, reply)).await.unwrap_or_else(|| Err(Self::stopping()))
     }
 
     /// Drops lines of `changes` that nobody needs.

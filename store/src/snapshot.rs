@@ -96,7 +96,8 @@ pub async fn serve(
     let respond = |message| Ok(SnapshotResponse { message: Some(message) });
     let birth = replica.progress.birth();
     // Only a target that the topology names holds back what it has yet to confirm.
-    if !topology.sources(request.target).iter().any(|p| p.assignment.replica == replica.id) {
+    let returned = topology.handing_over(request.target).iter().any(|g| g.replica == replica.id);
+    if !returned && !topology.sources(request.target).iter().any(|p| p.assignment.replica == replica.id) {
         let why = format!(
             "replica {:016x} is no target of this one by topology version {}",
             request.target, topology.version
@@ -158,6 +159,7 @@ impl Source {
             records_total,
             bytes_total,
             restart: false,
+            horizon: self.replica.progress.horizon(),
         };
         if !self.send(Message::Start(start)) {
             return Ok(());
@@ -166,7 +168,8 @@ impl Source {
         let (source, target) = (self.replica.id, self.request.target);
         pin.rows(self.request.after.as_deref(), |key, _, encoded| {
             let Ok(seen) = glance(encoded) else { return true };
-            if !self.topology.ships(source, target, seen.partition_hash) {
+            let hash = seen.partition_hash;
+            if !self.topology.ships(source, target, hash) && !self.topology.hands_over(source, target, hash) {
                 return true;
             }
             for part in shipped(Bytes::copy_from_slice(key), Bytes::copy_from_slice(encoded)) {
@@ -222,6 +225,7 @@ impl Source {
             records_total,
             bytes_total,
             restart: false,
+            horizon: self.replica.progress.horizon(),
         };
         if !self.send(Message::Start(start)) {
             return Ok(());
@@ -437,6 +441,47 @@ impl Reader {
             }
         }
         positions
+    }
+}
+
+/// Takes over what a replica that came back after it was given up alone has: its records
+/// newer than the collection horizon. (An older one may be what a tombstone that is
+/// gone by now had deleted.) Tries until it is done; the caller cancels by dropping.
+pub async fn take_over(keyspace: Arc<Keyspace>, replica: Arc<Replica>, source: u64, store: String) {
+    loop {
+        let from = Origin { replica: source, store: store.clone() };
+        match take_over_once(&keyspace, &replica, from).await {
+            Ok(taken) => {
+                tracing::info!(replica = replica.id, source, store, taken, "took over what a returned replica had");
+                return replica.progress.set_taken_over(source);
+            }
+            Err(error) => tracing::info!(replica = replica.id, source, store, %error, "taking over waits"),
+        }
+        tokio::time::sleep(keyspace.env().jitter(Duration::from_secs(1))).await;
+    }
+}
+
+async fn take_over_once(keyspace: &Arc<Keyspace>, replica: &Arc<Replica>, from: Origin) -> Result<usize, Error> {
+    let mut reader = Reader::new(keyspace.clone(), from, replica.id, false);
+    reader.begin().await?;
+    let mut taken = 0;
+    loop {
+        match reader.next().await? {
+            Part::Records(mut records) => {
+                records.retain(|(_, record)| record.greatest_stamp().time > replica.progress.horizon());
+                taken += records.len();
+                let batch = PeerBatch { records, clock: reader.clock, ..PeerBatch::default() };
+                replica.apply(batch).await.map_err(|refused| Error::Store(refused.message))?;
+            }
+            Part::File(_) => return Err(Error::Store("files were sent unasked".into())),
+            Part::End => break,
+        }
+    }
+    let synced = replica.clone();
+    let _ = tokio::task::spawn_blocking(move || synced.sync()).await;
+    match replica.progress.fault() {
+        Some(fault) => Err(Error::Store(fault.to_owned())),
+        None => Ok(taken),
     }
 }
 

@@ -305,9 +305,11 @@ async fn a_clock_passes_every_stamp_that_is_stored_and_every_sessions() {
     let ahead = time_of(Env::real().now_ms() + 3_600_000);
     replica.apply(from_peer("key", record("key", ahead, Content::Nothing), 10)).await.unwrap();
     assert!(put(&replica, "key").await.unwrap().time > ahead, "a put comes after all that its replica has seen");
-    let after = Stamp { time: ahead * 2, origin: 1 };
-    let write = LocalWrite { after: Some(after), ..set("key", Content::Nothing) };
-    assert!(one(&replica, write).await.unwrap() > after);
+    let after = |time| LocalWrite { after: Some(Stamp { time, origin: 1 }), ..set("key", Content::Nothing) };
+    let near = ahead + time_of(5_000);
+    assert!(one(&replica, after(near)).await.unwrap().time > near);
+    // But a caller can't push the shard's clocks to the end of time.
+    assert_eq!(one(&replica, after(u64::MAX)).await.unwrap_err().code, FailureCode::NotReady);
 }
 
 #[tokio::test(flavor = "multi_thread")]

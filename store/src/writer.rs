@@ -78,6 +78,8 @@ pub enum Command {
     Clean(Vec<Bytes>, oneshot::Sender<Result<(), Refused>>),
     /// All foreign keys of this change are gone.
     Cleaned(u64),
+    /// Tombstones up to this stamp time may be collected, once this is synced.
+    Horizon(u64, oneshot::Sender<Result<(), Refused>>),
     /// Lines of `changes` up to this seq are needed by nobody.
     Trim(u64),
     /// A clean stop.
@@ -98,6 +100,7 @@ pub struct Writer {
     positions: HashMap<u64, Position>,
     served: bool,
     full: bool,
+    alarmed: bool,
     poisoned: bool,
     disk_free: Box<dyn FnMut() -> bool + Send>,
 }
@@ -140,6 +143,7 @@ struct Pending {
     fence: Option<Fence>,
     cleaned: Option<u64>,
     trimmed: Option<u64>,
+    horizon: Option<u64>,
     sync: bool,
 }
 
@@ -172,6 +176,7 @@ impl Writer {
             positions: positions.into_iter().map(|p| (p.replica, p)).collect(),
             served,
             full: false,
+            alarmed: false,
             poisoned: false,
             disk_free,
         }
@@ -189,6 +194,8 @@ impl Writer {
             if let Some(stopped) = self.take(&mut waiting) {
                 self.stop();
                 drop(queue);
+                // Closed before the answer: the folder may be opened again at once.
+                drop(self);
                 let _ = stopped.send(());
                 return;
             }
@@ -255,6 +262,12 @@ impl Writer {
                 self.forget_strangers(batch);
                 pending.cleaned = Some(version);
                 pending.sync = true;
+            }
+            Command::Horizon(time, reply) => {
+                batch.put_horizon(time);
+                pending.horizon = Some(time);
+                pending.sync = true;
+                pending.done.push(reply);
             }
             Command::Trim(seq) => {
                 batch.trim_changes(seq);
@@ -351,10 +364,13 @@ impl Writer {
                 format!("the key is not (or no longer) of a shard served here, by topology version {}", self.topology.version),
             ));
         }
-        if let Some(after) = write.after {
-            self.clock.observe(after.time);
-        }
         let now = self.env.now_ms();
+        if let Some(after) = write.after
+            && !self.clock.pass(after.time, now, self.limits.max_clock_skew_ms)
+        {
+            let message = "the session's last stamp is too far ahead of this store's clock".to_string();
+            return Err(Refused::new(FailureCode::NotReady, message));
+        }
         // A put with the store's own clock is newer than all that this replica
         // has seen, so it needs no read; the partition check wants one.
         let existing = if write.op.is_blind() && !write.named_partition {
@@ -395,6 +411,12 @@ impl Writer {
             return Err(Refused::new(FailureCode::NoSpace, "the disk is full".to_string()));
         }
         self.clock.observe(peer.clock);
+        let ahead_ms = Clock::ahead_ms(self.clock.last(), self.env.now_ms());
+        if ahead_ms > self.limits.max_clock_skew_ms && !self.alarmed {
+            // Accepted all the same, else replicas would not converge.
+            tracing::error!(replica = self.replica, ahead_ms, "a peer's clock is far ahead of this one: set the machines' clocks");
+        }
+        self.alarmed = ahead_ms > self.limits.max_clock_skew_ms;
         for (key, record) in peer.records {
             // Not ours under any view: drained long ago, and deleted by Clean up.
             if !self.topology.holds(self.replica, record.partition_hash()) {
@@ -466,6 +488,9 @@ impl Writer {
             }
             if let Some(version) = pending.cleaned {
                 self.progress.set_cleaned(version);
+            }
+            if let Some(time) = pending.horizon {
+                self.progress.set_horizon(time);
             }
             if let Some(seq) = pending.trimmed {
                 self.progress.set_trimmed(seq);

@@ -1,5 +1,6 @@
 //! Runs the binary: a cluster of `vasto up` on a free port, and commands against it.
 #![allow(dead_code, reason = "each test file uses its own part of it")]
+#![allow(clippy::unwrap_used, reason = "a test that can't go on fails")]
 
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};

@@ -171,12 +171,10 @@ impl Reporting {
 
     fn take(&mut self, report: StoreReport) -> Result<(), Status> {
         match &self.store {
-            Some(name) if *name != report.store => {
-                return Err(Status::invalid_argument(format!(
-                    "this stream is {name}'s, and the report is {:?}'s: each store reports on a stream of its own",
-                    report.store
-                )));
-            }
+            Some(name) if *name != report.store => Err(Status::invalid_argument(format!(
+                "this stream is {name}'s, and the report is {:?}'s: each store reports on a stream of its own",
+                report.store
+            ))),
             Some(_) => self.hub.heard_from_store(self.id, report),
             None => {
                 let name = report.store.clone();

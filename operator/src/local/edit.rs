@@ -148,14 +148,14 @@ fn annotation<'a>(keyspace: &'a Keyspace, key: &str) -> Option<&'a str> {
     keyspace.metadata.annotations.as_ref()?.get(key).map(String::as_str)
 }
 
-/// What people say of a keyspace, as one text.
-fn said(wanted: &Keyspace) -> String {
+/// What people say of a keyspace.
+fn said(wanted: &Keyspace) -> Keyspace {
     let mut said = Keyspace::new(wanted.name(), wanted.spec.clone());
     said.metadata.labels.clone_from(&wanted.metadata.labels);
     said.metadata.annotations.clone_from(&wanted.metadata.annotations);
     // What a resource that came from here says of itself is not theirs.
     annotations(&mut said).retain(|key, _| ![LAST_APPLIED, REPLACE, RECOVERED].contains(&key.as_str()));
-    said.to_json()
+    said
 }
 
 fn create(wanted: &Keyspace, by: &Standing<'_>) -> Result<Keyspace, Refusal> {
@@ -168,7 +168,7 @@ fn create(wanted: &Keyspace, by: &Standing<'_>) -> Result<Keyspace, Refusal> {
     new.metadata.creation_timestamp = Some(time(by.now_ms));
     let said = said(wanted);
     annotations(&mut new).retain(|key, _| ![REPLACE, RECOVERED].contains(&key.as_str()));
-    annotations(&mut new).insert(LAST_APPLIED.to_owned(), said);
+    annotations(&mut new).insert(LAST_APPLIED.to_owned(), said.to_json());
     new.status = Some(KeyspaceStatus { phase: Some(Phase::Pending), ..KeyspaceStatus::default() });
     Ok(new)
 }
@@ -192,12 +192,14 @@ fn apply(wanted: &Keyspace, old: &Keyspace) -> Result<Keyspace, Refusal> {
     new.metadata.annotations.clone_from(&wanted.metadata.annotations);
     annotations(&mut new).retain(|key, _| ![REPLACE, RECOVERED].contains(&key.as_str()));
     annotations(&mut new).extend(own.map(|text| (REPLACE.to_owned(), text)));
-    annotations(&mut new).insert(LAST_APPLIED.to_owned(), said(wanted));
+    annotations(&mut new).insert(LAST_APPLIED.to_owned(), said(wanted).to_json());
     Ok(changed(new, old))
 }
 
 fn follow(wanted: &Keyspace, old: &Keyspace) -> Result<Keyspace, Refusal> {
-    if annotation(old, LAST_APPLIED) == Some(said(wanted).as_str()) {
+    // Compared as Keyspaces: another version may write the same in other words.
+    let applied = annotation(old, LAST_APPLIED).and_then(|text| Keyspace::from_json(text).ok());
+    if applied == Some(said(wanted)) {
         return Ok(old.clone());
     }
     if annotation(old, RECOVERED).is_none() {
@@ -213,7 +215,7 @@ fn follow(wanted: &Keyspace, old: &Keyspace) -> Result<Keyspace, Refusal> {
         );
     }
     let mut new = old.clone();
-    annotations(&mut new).insert(LAST_APPLIED.to_owned(), said(wanted));
+    annotations(&mut new).insert(LAST_APPLIED.to_owned(), said(wanted).to_json());
     annotations(&mut new).remove(RECOVERED);
     Ok(new)
 }

@@ -8,15 +8,18 @@ use std::time::Duration;
 
 use tempfile::TempDir;
 use tokio::net::TcpListener;
+use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
+use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::Code;
 use tonic::transport::Channel;
 use vasto_client::env::Env;
 use vasto_client::v1::keyspaces_client::KeyspacesClient;
+use vasto_client::v1::operator_client::OperatorClient;
 use vasto_client::v1::{
     ApplyRequest, DeleteRequest, DescribeRequest, ListRequest, Phase as Step, ReplaceRequest, ScaleRequest, Topology,
-    View,
+    View, WatchRequest,
 };
 use vasto_crds::{Keyspace, KeyspaceSpec, Phase};
 
@@ -36,13 +39,22 @@ struct Cluster {
 
 impl Cluster {
     async fn start() -> Self {
+        Self::start_with(|fleet| fleet).await
+    }
+
+    /// With stores that nobody starts but the test.
+    async fn start_external() -> Self {
+        Self::start_with(|_| Arc::new(External)).await
+    }
+
+    async fn start_with(runner: impl FnOnce(Arc<Fleet>) -> Arc<dyn StoreRunner>) -> Self {
         let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         port.set_nonblocking(true).unwrap();
         let listener = TcpListener::from_std(port.try_clone().unwrap()).unwrap();
         let address = port.local_addr().unwrap().to_string();
         let dir = tempfile::tempdir().unwrap();
         let (fleet, stop) = (Fleet::new(&address), CancellationToken::new());
-        let served = serve(&dir.path().join("operator"), &[], listener, fleet.clone(), &stop);
+        let served = serve(&dir.path().join("operator"), &[], listener, runner(fleet.clone()), &stop);
         let client = KeyspacesClient::new(Env::real().dial(&address).unwrap());
         Self { dir, port, fleet, stop, served, client }
     }
@@ -122,6 +134,7 @@ fn serve(
 ) -> JoinHandle<Result<(), Error>> {
     let mut options = Options::new(dir.to_owned(), Env::real());
     options.files = files.iter().map(|f| (*f).to_owned()).collect();
+    (options.settle, options.fence_wait) = (Duration::from_millis(50), Duration::from_secs(1));
     tokio::spawn(Operator::open(options).unwrap().serve(listener, runner, stop.clone()))
 }
 
@@ -258,6 +271,57 @@ async fn a_wiped_store_is_healed_from_the_other_copy() {
     let (_, after) = cluster.until(|k, t| reached(k, 3, 2) && t.version > before.version).await;
     let kept = replicas(&before).into_iter().filter(|r| replicas(&after).contains(r)).count();
     assert_eq!(kept, 4);
+    cluster.end().await;
+}
+
+#[tokio::test]
+async fn nothing_is_told_to_anyone_before_it_is_on_disk() {
+    let mut cluster = Cluster::start_external().await;
+    let uid = cluster.apply(2, 1).await.uid().to_owned();
+    let (waiting, _) = cluster.until(|k, _| k.status.as_ref().is_some_and(|s| s.progress.is_some())).await;
+    let said = waiting.status.unwrap().progress.unwrap().waiting.unwrap();
+    assert_eq!(said, "waits for store-0 to report");
+
+    let keyspaces = cluster.dir.path().join("operator/keyspaces");
+    let aside = cluster.dir.path().join("aside");
+    std::fs::rename(&keyspaces, &aside).unwrap();
+    cluster.fleet.start("store-0");
+    cluster.fleet.start("store-1");
+    let failing = |k: &Keyspace| {
+        let conditions = k.status.as_ref().map(|s| s.conditions.clone()).unwrap_or_default();
+        conditions
+            .iter()
+            .any(|c| c.reason == "OperatorFailure" && c.message.contains("folder that this user may write"))
+    };
+    let (_, topology) = cluster.until(|k, _| failing(k)).await;
+    assert_eq!((topology.version, cluster.fleet.topology("store-0", &uid)), (0, None));
+    let request = ScaleRequest { name: "packages".to_owned(), shards: 3, replication_factor: 0 };
+    assert_eq!(cluster.client.scale(request).await.unwrap_err().code(), Code::Unavailable);
+
+    std::fs::rename(&aside, &keyspaces).unwrap();
+    let (ready, _) = cluster.until_ready(2, 1).await;
+    assert!(!failing(&ready));
+    cluster.end().await;
+}
+
+#[tokio::test]
+async fn a_fence_waits_for_watchers_but_not_for_ever() {
+    let mut cluster = Cluster::start().await;
+    cluster.apply(2, 1).await;
+    cluster.until_ready(2, 1).await;
+    // One that never says what it knows.
+    let address = cluster.port.local_addr().unwrap().to_string();
+    let mut watcher = OperatorClient::new(Env::real().dial(&address).unwrap());
+    let (requests, receiver) = mpsc::channel(1);
+    requests.send(WatchRequest { keyspaces: vec!["packages".to_owned()], known: vec![] }).await.unwrap();
+    let mut updates = watcher.watch(ReceiverStream::new(receiver)).await.unwrap().into_inner();
+    assert!(updates.message().await.unwrap().is_some());
+    cluster.scale(3, 0).await;
+    let waiting =
+        |k: &Keyspace| k.status.as_ref().and_then(|s| s.progress.as_ref()?.waiting.clone()).unwrap_or_default();
+    let (_, switched) = cluster.until(|k, _| waiting(k).starts_with("waits for clients to learn version")).await;
+    assert_eq!(switched.phase(), Step::Switch);
+    cluster.until_ready(3, 1).await;
     cluster.end().await;
 }
 

@@ -30,7 +30,8 @@ pub(super) fn give_up(t: &mut Topology, call: &mut Call<'_>) {
             continue;
         }
         if by_person || covered(t, seen, replica) {
-            doomed.push(GivenUp { store: store.clone(), replica, shard: place.shard });
+            let (shard, shards) = (place.shard, place.shards);
+            doomed.push(GivenUp { store: store.clone(), replica, shard, shards, returned: false });
         } else {
             call.wait(Wait::NoCopy { store: store.clone(), shard: place.shard });
         }

@@ -30,7 +30,8 @@ fn drops(t: &mut Topology, seen: &Observation) {
         } else if seen.is_lost(&drop.store) {
             let Drop { store, replica, shard } = drop;
             if !t.is_given_up(replica) {
-                t.given_up.push(GivenUp { store, replica, shard });
+                // It was drained, or never served.
+                t.given_up.push(GivenUp { store, replica, shard, ..GivenUp::default() });
             }
         } else {
             t.drops.push(drop);
@@ -38,24 +39,31 @@ fn drops(t: &mut Topology, seen: &Observation) {
     }
 }
 
-/// A given-up replica that comes back is emptied, as soon as every shard has a living
-/// copy that serves: until then it may be the best that is left.
-///
-/// Before that it should hand over its records newer than the shard's collection
-/// horizon; no message asks a store for that yet.
+/// A given-up replica that comes back hands over what it alone has, then is emptied; as soon as every
+/// shard has a living copy that serves: until then it may be the best that is left.
 fn returned(t: &mut Topology, seen: &Observation) {
-    let Some(current) = t.current.as_ref().filter(|v| v.size() > 0) else { return };
-    if !(0..current.size()).all(|shard| seen.has_copy(current, shard, 0)) {
+    let Some(current) = t.current.clone().filter(|v| v.size() > 0) else { return };
+    if !(0..current.size()).all(|shard| seen.has_copy(&current, shard, 0)) {
         return;
     }
-    let back: Vec<Drop> = t
-        .given_up
-        .iter()
-        .filter(|g| seen.has(&g.store, g.replica) && !named(t, g.replica))
-        .filter(|g| t.drops.iter().all(|d| d.replica != g.replica))
-        .map(|g| Drop { store: g.store.clone(), replica: g.replica, shard: g.shard })
-        .collect();
-    t.drops.extend(back);
+    let mut given_up = std::mem::take(&mut t.given_up);
+    for g in &mut given_up {
+        let Some(report) = seen.replica(&g.store, g.replica).filter(|_| !named(t, g.replica)) else { continue };
+        g.returned = true;
+        // A faulty one can't be read; a person gave it up, or others have its shard.
+        let nothing = g.shards == 0 || !report.born || report.candidate || !report.fault.is_empty();
+        if (nothing || taken_over(&current, seen, g)) && t.drops.iter().all(|d| d.replica != g.replica) {
+            t.drops.push(Drop { store: g.store.clone(), replica: g.replica, shard: g.shard });
+        }
+    }
+    t.given_up = given_up;
+}
+
+/// Whether each shard that shares keys with this replica has a copy that took over its records.
+fn taken_over(current: &View, seen: &Observation, g: &GivenUp) -> bool {
+    (0..current.size()).filter(|j| shards_meet(g.shard, g.shards, *j, current.size())).all(|j| {
+        places(current, j).any(|a| seen.sound(a).is_some_and(|r| r.taken_over.contains(&g.replica)))
+    })
 }
 
 /// Whether a view names this replica.

@@ -38,6 +38,8 @@ pub(super) struct Replica {
     fence: (u64, usize),
     cleaned: u64,
     served: bool,
+    /// Given-up replicas whose records are taken over here.
+    taken_over: BTreeSet<u64>,
     pub(super) fault: String,
 }
 
@@ -470,6 +472,7 @@ impl Sim {
                 replica.cleaned = t.switch_version;
             }
         }
+        self.take_over(&mut store, &t);
         store.installed = t.version;
         *self.store(name) = store;
         for (id, replica) in dropped {
@@ -479,6 +482,25 @@ impl Sim {
     }
 
     /// All that follow and whom, in order.
+    /// What given-up replicas that came back alone have goes to the owners of its keys.
+    fn take_over(&self, store: &mut Store, t: &Topology) {
+        for (id, replica) in store.replicas.iter_mut().filter(|(_, r)| r.born) {
+            for g in t.handing_over(*id) {
+                let Some(from) = self.stores.get(&g.store).filter(|s| s.alive) else { continue };
+                let Some(source) = from.replicas.get(&g.replica).filter(|_| !replica.taken_over.contains(&g.replica)) else {
+                    continue;
+                };
+                let wanted = |w: &&u32| **w != 0 && t.hands_over(g.replica, *id, hash(self.writes[**w as usize]));
+                for write in source.has.iter().filter(wanted) {
+                    if replica.has.insert(*write) {
+                        replica.log.push(*write);
+                    }
+                }
+                replica.taken_over.insert(g.replica);
+            }
+        }
+    }
+
     pub(super) fn pairs(&self) -> Vec<(String, u64, String, u64)> {
         let mut pairs = Vec::new();
         for (name, store) in self.stores.iter().filter(|(_, s)| s.alive) {
@@ -738,6 +760,7 @@ impl Store {
             cleaned_version: r.cleaned,
             candidate: !r.served,
             fault: r.fault.clone(),
+            taken_over: r.taken_over.iter().copied().collect(),
             records: r.has.len() as u64,
             sources: t
                 .sources(*id)
