@@ -3,12 +3,8 @@ use std::error::Error;
 
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo:rerun-if-changed=proto");
-    let files = protox::compile(
-        ["vasto/v1/topology.proto", "vasto/v1/operator.proto", "vasto/v1/store.proto"],
-        ["proto"],
-    )?;
-    tonic_prost_build::configure()
-        .bytes(".")
-        .compile_fds(files)?;
+    let files =
+        protox::compile(["vasto/v1/topology.proto", "vasto/v1/operator.proto", "vasto/v1/store.proto"], ["proto"])?;
+    tonic_prost_build::configure().bytes(".").compile_fds(files)?;
     Ok(())
 }

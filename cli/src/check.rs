@@ -2,6 +2,7 @@
 //! What is compared is the hash of each record, so that values don't travel.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -10,7 +11,7 @@ use futures::{StreamExt, TryStreamExt, stream};
 use indicatif::ProgressBar;
 use serde_json::json;
 use vasto_client::hash::{jump_hash, partition_hash};
-use vasto_client::v1::{InspectEntry, Phase};
+use vasto_client::v1::{InspectEntry, KeyspaceUpdate, Phase};
 use vasto_client::{Inspection, Keyspace, ScanOptions};
 
 use crate::context::{Context, parse_duration};
@@ -45,6 +46,13 @@ struct Replica {
     collectable: u64,
     /// Why it could not be read to its end.
     unread: Option<String>,
+}
+
+impl Replica {
+    /// Whether its records count: it serves (one that doesn't has yet to catch up), and could be read.
+    fn compared(&self) -> bool {
+        self.serving && self.unread.is_none()
+    }
 }
 
 /// One replica's copy of a key.
@@ -169,12 +177,42 @@ impl<'a> Cursor<'a> {
 }
 
 pub(crate) async fn run(context: &Context, args: Check) -> anyhow::Result<()> {
+    const TRIES: u32 = 5;
     let keyspace = context.keyspace(&args.keyspace).await?;
+    let mut tries = 1;
+    let report = loop {
+        let report = read(context, &keyspace, args.settle).await?;
+        // Replicas that a change has retired meanwhile stand still: that is no fault of theirs.
+        let current = |update: &KeyspaceUpdate| update.topology.as_ref().and_then(|t| t.current.clone());
+        let moved = current(&keyspace.topology()) != current(&report.update);
+        if !moved || report.is_clean() || tries == TRIES {
+            break report;
+        }
+        tries += 1;
+        tracing::warn!(keyspace = args.keyspace, "a change moved replicas during the check: it begins anew");
+    };
+    if context.json() {
+        emit_json(&report.json())?;
+    } else {
+        emit(report.text(args.show))?;
+    }
+    let wrong = report.wrong();
+    if wrong > 0 {
+        return Err(fault(Code::Differences, format!("{} wrong in {:?}", counted(wrong, "key"), args.keyspace)));
+    }
+    let unread = report.replicas.iter().filter(|r| r.unread.is_some()).count() as u64;
+    if unread > 0 {
+        return Err(fault(Code::Unavailable, format!("{} could not be read", counted(unread, "replica"))));
+    }
+    Ok(())
+}
+
+/// Reads all replicas once, and what differs again until it agrees or `settle` is over.
+async fn read(context: &Context, keyspace: &Keyspace, settle: Duration) -> anyhow::Result<Report> {
     let update = keyspace.topology();
     let Some((topology, view)) = update.topology.as_ref().and_then(|t| Some((t, t.current.as_ref()?))) else {
-        return Err(fault(Code::Unavailable, format!("keyspace {:?} has no topology yet", args.keyspace)));
+        return Err(fault(Code::Unavailable, format!("keyspace {:?} has no topology yet", keyspace.name())));
     };
-    let settled = topology.phase() == Phase::Stable;
     let mut replicas: Vec<Replica> = view
         .places()
         .filter(|p| p.assignment.replica != 0)
@@ -189,38 +227,21 @@ pub(crate) async fn run(context: &Context, args: Check) -> anyhow::Result<()> {
             unread: None,
         })
         .collect();
-    let vacant = view.places().filter(|p| p.assignment.replica == 0).count() as u64;
-
-    let mut checker =
-        Checker { context, keyspace: &keyspace, bar: count_bar(None, "records"), findings: Vec::new(), counted: 0 };
+    let mut checker = Checker { context, keyspace, bar: count_bar(None, "records"), findings: Vec::new(), more: 0 };
     for shard in 0..view.size() {
         checker.bar.set_message(format!("shard {} of {}", shard + 1, view.size()));
         let mut here: Vec<&mut Replica> = replicas.iter_mut().filter(|r| r.shard == shard).collect();
         checker.shard(&mut here).await?;
     }
     // Keys that belong elsewhere are deleted by a change's last phase; before it, they are no fault.
-    if !settled {
+    if topology.phase() != Phase::Stable {
         checker.findings.retain(|f| f.wrong != Wrong::Foreign);
     }
     checker.bar.set_message("looking again at what differs");
-    checker.settle(&replicas, args.settle).await;
-    let Checker { findings, counted: uncounted, bar, .. } = checker;
-    bar.finish_and_clear();
-
-    let wrong = findings.len() as u64 + uncounted;
-    let unread = replicas.iter().filter(|r| r.unread.is_some()).count() as u64;
-    if context.json() {
-        emit_json(&json_report(topology.phase(), &replicas, &findings, wrong, vacant))?;
-    } else {
-        emit(text_report(topology.phase(), &replicas, &findings, vacant, args.show))?;
-    }
-    if wrong > 0 {
-        return Err(fault(Code::Differences, format!("{} wrong in {:?}", counted(wrong, "key"), args.keyspace)));
-    }
-    if unread > 0 {
-        return Err(fault(Code::Unavailable, format!("{} could not be read", counted(unread, "replica"))));
-    }
-    Ok(())
+    checker.settle(&replicas, settle).await;
+    checker.bar.finish_and_clear();
+    let Checker { findings, more, .. } = checker;
+    Ok(Report { update, replicas, findings, more })
 }
 
 struct Checker<'a> {
@@ -229,7 +250,7 @@ struct Checker<'a> {
     bar: ProgressBar,
     findings: Vec<Finding>,
     /// Wrong keys beyond those remembered.
-    counted: u64,
+    more: u64,
 }
 
 impl Checker<'_> {
@@ -258,11 +279,8 @@ impl Checker<'_> {
                     replica.collectable += u64::from(copy.collectable);
                     self.bar.inc(1);
                 }
-                // What could not be read is not missing.
-                if replica.unread.is_none() {
+                if replica.compared() {
                     found.push(copy);
-                } else {
-                    found.extend(copy.map(Some));
                 }
             }
             if let Some(wrong) = verdict(&found) {
@@ -281,7 +299,7 @@ impl Checker<'_> {
         if self.findings.len() < REMEMBERED {
             self.findings.push(finding);
         } else {
-            self.counted += 1;
+            self.more += 1;
         }
     }
 
@@ -339,7 +357,7 @@ impl Checker<'_> {
     /// The finding as it is now, if it still is one.
     async fn again(&self, replicas: &[Replica], mut finding: Finding) -> Option<Finding> {
         let mut copies = Vec::new();
-        for replica in replicas.iter().filter(|r| r.shard == finding.shard && r.unread.is_none()) {
+        for replica in replicas.iter().filter(|r| r.shard == finding.shard && r.compared()) {
             match self.look(replica, &finding.key).await {
                 Some(copy) => copies.push(copy),
                 // What can't be read now is as wrong as it was.
@@ -370,65 +388,93 @@ fn wrong_text(wrong: &Wrong, shard: u32, replicas: &[Replica]) -> String {
         Wrong::Differs => "its replicas hold different records".to_string(),
         Wrong::Foreign => "belongs to another shard".to_string(),
         Wrong::Missing(places) => {
-            let here: Vec<&Replica> = replicas.iter().filter(|r| r.shard == shard && r.unread.is_none()).collect();
+            let here: Vec<&Replica> = replicas.iter().filter(|r| r.shard == shard && r.compared()).collect();
             let names: Vec<&str> = places.iter().filter_map(|at| here.get(*at)).map(|r| r.store.as_str()).collect();
             format!("missing on {}", names.join(", "))
         }
     }
 }
 
-fn text_report(phase: Phase, replicas: &[Replica], findings: &[Finding], vacant: u64, show: usize) -> String {
-    let mut text = table(
-        &["SHARD", "STORE", "REPLICA", "RECORDS", "COLLECTABLE", "STATE"],
-        replicas.iter().map(|r| {
-            let state = match (&r.unread, r.serving) {
-                (Some(why), _) => format!("not read: {why}"),
-                (None, true) => "read".to_string(),
-                (None, false) => "read, not serving".to_string(),
-            };
-            [
-                r.shard.to_string(),
-                r.store.clone(),
-                format!("{:016x}", r.id),
-                count(r.records),
-                count(r.collectable),
-                state,
-            ]
-        }),
-    );
-    if phase != Phase::Stable {
-        text += &format!("a change is under way ({}): foreign keys were not looked for\n", phase.as_str_name());
-    }
-    if vacant > 0 {
-        text += &format!("{} not made yet\n", counted(vacant, "replica"));
-    }
-    for finding in findings.iter().take(show) {
-        let wrong = wrong_text(&finding.wrong, finding.shard, replicas);
-        text += &format!("shard {}: {}: {wrong}\n", finding.shard, quoted(&finding.key));
-    }
-    if findings.len() > show {
-        text += &format!("and {} more (--show prints more)\n", findings.len() - show);
-    }
-    if findings.is_empty() && replicas.iter().all(|r| r.unread.is_none()) {
-        text += "all replicas agree\n";
-    }
-    text
+/// What a check found.
+struct Report {
+    update: Arc<KeyspaceUpdate>,
+    replicas: Vec<Replica>,
+    findings: Vec<Finding>,
+    more: u64,
 }
 
-fn json_report(phase: Phase, replicas: &[Replica], findings: &[Finding], wrong: u64, vacant: u64) -> serde_json::Value {
-    json!({
-        "phase": phase.as_str_name().trim_start_matches("PHASE_"),
-        "wrong": wrong,
-        "vacant": vacant,
-        "replicas": replicas.iter().map(|r| json!({
-            "shard": r.shard, "store": r.store, "replica": format!("{:016x}", r.id), "serving": r.serving,
-            "records": r.records, "collectable": r.collectable, "unread": r.unread,
-        })).collect::<Vec<_>>(),
-        "findings": findings.iter().map(|f| json!({
-            "shard": f.shard, "key": String::from_utf8_lossy(&f.key),
-            "wrong": wrong_text(&f.wrong, f.shard, replicas),
-        })).collect::<Vec<_>>(),
-    })
+impl Report {
+    fn wrong(&self) -> u64 {
+        self.findings.len() as u64 + self.more
+    }
+
+    fn is_clean(&self) -> bool {
+        self.wrong() == 0 && self.replicas.iter().all(|r| r.unread.is_none())
+    }
+
+    fn phase(&self) -> Phase {
+        self.update.topology.as_ref().map_or(Phase::Stable, |t| t.phase())
+    }
+
+    fn vacant(&self) -> u64 {
+        let view = self.update.topology.as_ref().and_then(|t| t.current.as_ref());
+        view.map_or(0, |v| v.places().filter(|p| p.assignment.replica == 0).count() as u64)
+    }
+
+    fn text(&self, show: usize) -> String {
+        let mut text = table(
+            &["SHARD", "STORE", "REPLICA", "RECORDS", "COLLECTABLE", "STATE"],
+            self.replicas.iter().map(|r| {
+                let state = match (&r.unread, r.serving) {
+                    (Some(why), _) => format!("not read: {why}"),
+                    (None, true) => "read".to_string(),
+                    (None, false) => "catches up, not compared".to_string(),
+                };
+                let id = format!("{:016x}", r.id);
+                [r.shard.to_string(), r.store.clone(), id, count(r.records), count(r.collectable), state]
+            }),
+        );
+        let phase = self.phase();
+        if phase != Phase::Stable {
+            text += &format!("a change is under way ({}): foreign keys were not looked for\n", short(phase));
+        }
+        if self.vacant() > 0 {
+            text += &format!("{} not made yet\n", counted(self.vacant(), "replica"));
+        }
+        for finding in self.findings.iter().take(show) {
+            let wrong = wrong_text(&finding.wrong, finding.shard, &self.replicas);
+            text += &format!("shard {}: {}: {wrong}\n", finding.shard, quoted(&finding.key));
+        }
+        let rest = self.wrong().saturating_sub(show as u64);
+        if rest > 0 {
+            text += &format!("and {} more (--show prints more)\n", count(rest));
+        }
+        if self.is_clean() {
+            text += "all replicas agree\n";
+        }
+        text
+    }
+
+    fn json(&self) -> serde_json::Value {
+        json!({
+            "phase": short(self.phase()),
+            "wrong": self.wrong(),
+            "vacant": self.vacant(),
+            "replicas": self.replicas.iter().map(|r| json!({
+                "shard": r.shard, "store": r.store, "replica": format!("{:016x}", r.id), "serving": r.serving,
+                "records": r.records, "collectable": r.collectable, "unread": r.unread,
+            })).collect::<Vec<_>>(),
+            "findings": self.findings.iter().map(|f| json!({
+                "shard": f.shard, "key": String::from_utf8_lossy(&f.key),
+                "wrong": wrong_text(&f.wrong, f.shard, &self.replicas),
+            })).collect::<Vec<_>>(),
+        })
+    }
+}
+
+/// PHASE_PREPARE → "PREPARE".
+fn short(phase: Phase) -> &'static str {
+    phase.as_str_name().trim_start_matches("PHASE_")
 }
 
 #[cfg(test)]

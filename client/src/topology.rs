@@ -73,9 +73,8 @@ impl Topology {
     /// Owners under `current` do (serving or not yet: a client is only sent to
     /// the serving ones); until the fence, owners under `previous` do as well.
     pub fn accepts_write(&self, replica: u64, partition_hash: u64) -> bool {
-        let owns = |view: &Option<View>| {
-            view.as_ref().and_then(|v| v.place(replica)).is_some_and(|p| p.owns(partition_hash))
-        };
+        let owns =
+            |view: &Option<View>| view.as_ref().and_then(|v| v.place(replica)).is_some_and(|p| p.owns(partition_hash));
         match self.phase() {
             Phase::Deleting => false,
             Phase::Switch => owns(&self.current) || owns(&self.previous),
@@ -99,9 +98,8 @@ impl Topology {
     /// owns it in the same view or in the one before.
     pub fn ships(&self, source: u64, follower: u64, partition_hash: u64) -> bool {
         self.wants().into_iter().any(|(view, before)| {
-            let owns = |v: Option<&View>, replica| {
-                v.and_then(|v| v.place(replica)).is_some_and(|p| p.owns(partition_hash))
-            };
+            let owns =
+                |v: Option<&View>, replica| v.and_then(|v| v.place(replica)).is_some_and(|p| p.owns(partition_hash));
             owns(view, follower) && (owns(view, source) || owns(before, source))
         })
     }

@@ -99,9 +99,9 @@ impl Building {
         if let [only] = from.as_slice() {
             let mut reader = Reader::new(keyspace.clone(), only.clone(), self.id, true);
             if reader.begin().await?.files {
-                return self.from_files(keyspace, shared, reader).await;
+                return self.copy_files(keyspace, shared, reader).await;
             }
-            return self.from_records(keyspace, shared, topology, vec![reader]).await;
+            return self.copy_records(keyspace, shared, topology, vec![reader]).await;
         }
         let mut readers = Vec::new();
         for source in from {
@@ -109,10 +109,10 @@ impl Building {
             reader.begin().await?;
             readers.push(reader);
         }
-        self.from_records(keyspace, shared, topology, readers).await
+        self.copy_records(keyspace, shared, topology, readers).await
     }
 
-    async fn from_records(
+    async fn copy_records(
         &self,
         keyspace: &Arc<Keyspace>,
         shared: &Shared,
@@ -189,7 +189,12 @@ impl Building {
         }
     }
 
-    async fn from_files(&self, keyspace: &Arc<Keyspace>, shared: &Shared, mut reader: Reader) -> Result<(), snapshot::Error> {
+    async fn copy_files(
+        &self,
+        keyspace: &Arc<Keyspace>,
+        shared: &Shared,
+        mut reader: Reader,
+    ) -> Result<(), snapshot::Error> {
         let db = self.dir.join("db");
         std::fs::create_dir_all(&db).map_err(|e| store(&db, e))?;
         let source = reader.from().replica;
@@ -341,7 +346,9 @@ fn merge_into_files(
             None => file.insert(engine.sorted_file(dir.join(format!("{:06}.sst", files.len())))?),
         };
         out.put(&key, BIRTH_SEQ, &record.encoded())?;
-        if out.size() >= FILE_BYTES && let Some(full) = file.take() {
+        if out.size() >= FILE_BYTES
+            && let Some(full) = file.take()
+        {
             files.push(full.finish()?);
         }
     }
@@ -355,17 +362,17 @@ fn merge_into_files(
 /// replicas that have it, serving ones first. `None`: the topology names no
 /// place for the candidate. Empty: there is nothing to copy.
 fn groups(topology: &Topology, id: u64) -> Option<Vec<Vec<Origin>>> {
-    let (place, before) = [
-        (topology.next.as_ref(), topology.current.as_ref()),
-        (topology.current.as_ref(), topology.previous.as_ref()),
-    ]
-    .into_iter()
-    .find_map(|(view, before)| Some((view?.place(id)?, before)))?;
+    let (place, before) =
+        [(topology.next.as_ref(), topology.current.as_ref()), (topology.current.as_ref(), topology.previous.as_ref())]
+            .into_iter()
+            .find_map(|(view, before)| Some((view?.place(id)?, before)))?;
     let members = |view: &View, shard: u32| {
         let mut members: Vec<_> = view
             .places()
             .filter(|p| p.shard == shard && p.assignment.replica != 0 && p.assignment.replica != id)
-            .map(|p| (!p.assignment.serving, Origin { replica: p.assignment.replica, store: p.assignment.store.clone() }))
+            .map(|p| {
+                (!p.assignment.serving, Origin { replica: p.assignment.replica, store: p.assignment.store.clone() })
+            })
             .collect();
         members.sort_by_key(|(away, _)| *away);
         members.into_iter().map(|(_, from)| from).collect::<Vec<_>>()

@@ -109,11 +109,7 @@ fn needless(topology: &Topology, replica: u64, last_seq: u64, confirmed: impl Fn
     if topology.views().flat_map(View::places).any(|p| p.assignment.replica == 0) {
         return 0;
     }
-    topology
-        .followers(replica)
-        .iter()
-        .map(|p| confirmed(p.assignment.replica).unwrap_or(0))
-        .fold(last_seq, u64::min)
+    topology.followers(replica).iter().map(|p| confirmed(p.assignment.replica).unwrap_or(0)).fold(last_seq, u64::min)
 }
 
 #[cfg(test)]

@@ -26,7 +26,9 @@ pub enum Error {
     #[error("the data folder {0} is in use by another process: stop that one, or choose another folder with --data")]
     InUse(PathBuf),
     /// Written by a newer version.
-    #[error("the data folder {path} has format {found}, and this version reads up to {FORMAT}: run the newer version that wrote it")]
+    #[error(
+        "the data folder {path} has format {found}, and this version reads up to {FORMAT}: run the newer version that wrote it"
+    )]
     Newer {
         /// The folder.
         path: PathBuf,
@@ -34,7 +36,9 @@ pub enum Error {
         found: u32,
     },
     /// It is another store's.
-    #[error("the data folder {path} belongs to {found}, not to {wanted}: start the store under its own name, or give it its own folder")]
+    #[error(
+        "the data folder {path} belongs to {found}, not to {wanted}: start the store under its own name, or give it its own folder"
+    )]
     OtherStore {
         /// The folder.
         path: PathBuf,
@@ -73,13 +77,17 @@ impl Dir {
         let file = path.join("store.json");
         match fs::read(&file) {
             Ok(text) => {
-                let found: StoreFile = serde_json::from_slice(&text)
-                    .map_err(|e| Error::Io { path: file, source: e.into() })?;
+                let found: StoreFile =
+                    serde_json::from_slice(&text).map_err(|e| Error::Io { path: file, source: e.into() })?;
                 if found.format > FORMAT {
                     return Err(Error::Newer { path: path.to_owned(), found: found.format });
                 }
                 if found.store != store {
-                    return Err(Error::OtherStore { path: path.to_owned(), found: found.store, wanted: store.to_owned() });
+                    return Err(Error::OtherStore {
+                        path: path.to_owned(),
+                        found: found.store,
+                        wanted: store.to_owned(),
+                    });
                 }
             }
             Err(e) if e.kind() == io::ErrorKind::NotFound => {
@@ -133,8 +141,8 @@ pub fn disk_watch(path: PathBuf, env: Env) -> impl FnMut() -> bool + Send {
             looked = now;
             free = match nix::sys::statvfs::statvfs(&path) {
                 Ok(disk) => {
-                    let available = disk.blocks_available() as u64 * disk.fragment_size() as u64;
-                    let size = disk.blocks() as u64 * disk.fragment_size() as u64;
+                    let available = disk.blocks_available() * disk.fragment_size();
+                    let size = disk.blocks() * disk.fragment_size();
                     available > (64 << 20).min(size / 3)
                 }
                 Err(_) => true,

@@ -19,6 +19,9 @@ const RECORDS: &str = "records";
 const CHANGES: &str = "changes";
 const META: &str = "meta";
 
+/// A key and a value of `meta`.
+pub type MetaRow = (Vec<u8>, Vec<u8>);
+
 /// What went wrong with the files.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -273,11 +276,11 @@ impl Engine {
     }
 
     /// The rows of `meta` whose key begins with `prefix`, in order.
-    pub fn metas(&self, prefix: &[u8]) -> Result<Vec<(Vec<u8>, Vec<u8>)>, Error> {
+    pub fn metas(&self, prefix: &[u8]) -> Result<Vec<MetaRow>, Error> {
         self.metas_at(prefix, None)
     }
 
-    fn metas_at(&self, prefix: &[u8], at: Option<&Snapshot<'_>>) -> Result<Vec<(Vec<u8>, Vec<u8>)>, Error> {
+    fn metas_at(&self, prefix: &[u8], at: Option<&Snapshot<'_>>) -> Result<Vec<MetaRow>, Error> {
         let mut options = ReadOptions::default();
         if let Some(at) = at {
             options.set_snapshot(at);
@@ -372,9 +375,7 @@ impl Engine {
 
     /// A copy of the files in the new folder `path`, by hard links where it can.
     pub fn checkpoint(&self, path: &Path) -> Result<(), Error> {
-        rocksdb::checkpoint::Checkpoint::new(&self.db)
-            .and_then(|c| c.create_checkpoint(path))
-            .map_err(self.rocks())
+        rocksdb::checkpoint::Checkpoint::new(&self.db).and_then(|c| c.create_checkpoint(path)).map_err(self.rocks())
     }
 
     /// Starts a sorted file for `ingest`; keys must come in order.
@@ -408,10 +409,7 @@ impl Engine {
     pub fn estimate(&self) -> (u64, u64) {
         let cf = self.cf(RECORDS);
         let int = |name: &str| self.db.property_int_value_cf(cf, name).ok().flatten().unwrap_or(0);
-        (
-            int("rocksdb.estimate-num-keys"),
-            int("rocksdb.live-sst-files-size") + int("rocksdb.cur-size-all-mem-tables"),
-        )
+        (int("rocksdb.estimate-num-keys"), int("rocksdb.live-sst-files-size") + int("rocksdb.cur-size-all-mem-tables"))
     }
 
     /// Stops background work, before the files are deleted.
@@ -428,11 +426,7 @@ pub struct Pin<'a> {
 
 impl Pin<'_> {
     /// As `Engine::rows`, at this instant.
-    pub fn rows(
-        &self,
-        after: Option<&[u8]>,
-        visit: impl FnMut(&[u8], u64, &[u8]) -> bool,
-    ) -> Result<(), Error> {
+    pub fn rows(&self, after: Option<&[u8]>, visit: impl FnMut(&[u8], u64, &[u8]) -> bool) -> Result<(), Error> {
         let mut options = ReadOptions::default();
         options.set_readahead_size(1 << 20);
         options.fill_cache(false);
@@ -442,7 +436,7 @@ impl Pin<'_> {
     }
 
     /// As `Engine::metas`, at this instant.
-    pub fn metas(&self, prefix: &[u8]) -> Result<Vec<(Vec<u8>, Vec<u8>)>, Error> {
+    pub fn metas(&self, prefix: &[u8]) -> Result<Vec<MetaRow>, Error> {
         self.engine.metas_at(prefix, Some(&self.snapshot))
     }
 }

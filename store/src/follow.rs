@@ -369,9 +369,9 @@ async fn catch_up(
     };
     let known = replica.progress.position(source).is_some_and(|p| p.epoch == required.epoch);
     let deadline = tokio::time::Instant::now() + Duration::from_secs(10);
-    while !known {
+    loop {
         let topology = keyspace.topology();
-        if !siblings(&topology, replica.id, source) {
+        if known || !siblings(&topology, replica.id, source) {
             break;
         }
         if covers(replica, &required) {
@@ -407,9 +407,6 @@ fn siblings(topology: &Topology, a: u64, b: u64) -> bool {
 fn covers(replica: &Replica, required: &SnapshotRequired) -> bool {
     required.births.iter().all(|birth| {
         birth.replica == replica.id
-            || replica
-                .progress
-                .position(birth.replica)
-                .is_some_and(|p| p.epoch == birth.epoch && p.seq >= birth.seq)
+            || replica.progress.position(birth.replica).is_some_and(|p| p.epoch == birth.epoch && p.seq >= birth.seq)
     })
 }

@@ -111,7 +111,8 @@ impl Keyspace {
         let fail = |why: String| Error { path: path.clone(), why };
         match std::fs::read(&path) {
             Ok(bytes) => {
-                let update = KeyspaceUpdate::decode(bytes.as_slice()).map_err(|e| fail(format!("not a topology: {e}")))?;
+                let update =
+                    KeyspaceUpdate::decode(bytes.as_slice()).map_err(|e| fail(format!("not a topology: {e}")))?;
                 keyspace.installed.store(version_of(&update), Ordering::Release);
                 keyspace.update.send_replace(Arc::new(update));
             }
@@ -219,10 +220,8 @@ impl Keyspace {
         let update = self.update.borrow();
         let topology = update.topology.as_ref()?;
         let members = self.members();
-        let views = [
-            topology.current.as_ref(),
-            topology.previous.as_ref().filter(|_| topology.phase() == Phase::Switch),
-        ];
+        let views =
+            [topology.current.as_ref(), topology.previous.as_ref().filter(|_| topology.phase() == Phase::Switch)];
         for view in views.into_iter().flatten() {
             let shard = vasto_client::hash::jump_hash(partition_hash, view.size());
             let Some(shard) = view.shards.get(shard as usize).filter(|_| topology.phase() != Phase::Deleting) else {
@@ -254,11 +253,7 @@ impl Keyspace {
         let grace_ms = ms(&spec.collection_grace, 24 * 3_600_000);
         Settings {
             synced: spec.durability.as_deref() == Some("Synced"),
-            limits: Limits {
-                max_clock_skew_ms: ms(&spec.max_clock_skew, 10_000),
-                grace_ms,
-                ..Limits::default()
-            },
+            limits: Limits { max_clock_skew_ms: ms(&spec.max_clock_skew, 10_000), grace_ms, ..Limits::default() },
             grace_ms,
         }
     }
@@ -297,7 +292,12 @@ impl Keyspace {
         let topology = Arc::new(topology);
         self.update.send_replace(Arc::new(update));
         if changed {
-            tracing::debug!(keyspace = self.uid, version = topology.version, phase = topology.phase().as_str_name(), "topology");
+            tracing::debug!(
+                keyspace = self.uid,
+                version = topology.version,
+                phase = topology.phase().as_str_name(),
+                "topology"
+            );
             let settings = self.settings(&topology);
             for replica in self.replicas() {
                 replica.set_settings(settings.clone());
@@ -397,7 +397,13 @@ impl Keyspace {
                 Slot::Broken { shard, fault: error.to_string() }
             }
         };
-        let member = Member { slot: slot.clone(), stop: self.stop.child_token(), tasks: TaskTracker::new(), unnamed: false, cleaning: AtomicU64::new(0) };
+        let member = Member {
+            slot: slot.clone(),
+            stop: self.stop.child_token(),
+            tasks: TaskTracker::new(),
+            unnamed: false,
+            cleaning: AtomicU64::new(0),
+        };
         match slot {
             Slot::Open(replica) => self.feed(&member, replica),
             Slot::Building(building) => {
@@ -443,7 +449,12 @@ impl Keyspace {
         if let Some(member) = members.get_mut(&building.id).filter(|m| !m.stop.is_cancelled()) {
             member.slot = slot.clone();
             if let Slot::Open(replica) = slot {
-                tracing::info!(keyspace = self.uid, shard = building.shard, replica = format!("{:016x}", building.id), "born");
+                tracing::info!(
+                    keyspace = self.uid,
+                    shard = building.shard,
+                    replica = format!("{:016x}", building.id),
+                    "born"
+                );
                 self.feed(member, replica);
             }
         }

@@ -117,9 +117,7 @@ pub async fn serve(options: Options, env: Env, listener: TcpListener, stop: Canc
                 .max_encoding_message_size(MESSAGE_LIMIT),
         )
         .add_service(
-            PeerServer::new(server)
-                .max_decoding_message_size(MESSAGE_LIMIT)
-                .max_encoding_message_size(MESSAGE_LIMIT),
+            PeerServer::new(server).max_decoding_message_size(MESSAGE_LIMIT).max_encoding_message_size(MESSAGE_LIMIT),
         )
         .serve_with_incoming(TcpListenerStream::new(listener));
     // Streams are endless, so a graceful end would wait for ever: connections are cut.

@@ -5,7 +5,7 @@
 use prost::Message;
 use vasto_client::v1::{Position, SnapshotRequired};
 
-use crate::engine::{Batch, Engine, Error, Pin};
+use crate::engine::{Batch, Engine, Error, MetaRow, Pin};
 
 const ID: &[u8] = b"id";
 const ORIGIN: &[u8] = b"origin";
@@ -58,7 +58,7 @@ pub struct Meta {
     pub positions: Vec<Position>,
 }
 
-fn number(rows: &[(Vec<u8>, Vec<u8>)], key: &[u8]) -> u64 {
+fn number(rows: &[MetaRow], key: &[u8]) -> u64 {
     rows.iter()
         .find(|(k, _)| k == key)
         .and_then(|(_, v)| <[u8; 8]>::try_from(v.as_slice()).ok())
@@ -97,7 +97,7 @@ pub fn positions_at(pin: &Pin<'_>) -> Result<Vec<Position>, Error> {
     Ok(to_positions(pin.metas(POSITION)?))
 }
 
-fn to_positions(rows: Vec<(Vec<u8>, Vec<u8>)>) -> Vec<Position> {
+fn to_positions(rows: Vec<MetaRow>) -> Vec<Position> {
     rows.into_iter().filter_map(|(_, v)| Position::decode(v.as_slice()).ok()).collect()
 }
 

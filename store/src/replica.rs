@@ -44,7 +44,9 @@ pub enum Error {
     #[error("{0} is gone or empty, though the replica was whole: put it back, or replace this store")]
     Emptied(PathBuf),
     /// The folder holds something else.
-    #[error("{path} says it holds replica {named:016x}, but its files are of {found:016x}: they were mixed up; put the right ones back or delete the folder")]
+    #[error(
+        "{path} says it holds replica {named:016x}, but its files are of {found:016x}: they were mixed up; put the right ones back or delete the folder"
+    )]
     Mixed {
         /// The folder.
         path: PathBuf,
@@ -346,7 +348,12 @@ impl Replica {
     }
 
     /// Opens the born replica in `dir` and starts its writer.
-    pub fn open(dir: &Path, topology: Arc<Topology>, settings: Settings, context: &Context) -> Result<Arc<Self>, Error> {
+    pub fn open(
+        dir: &Path,
+        topology: Arc<Topology>,
+        settings: Settings,
+        context: &Context,
+    ) -> Result<Arc<Self>, Error> {
         let (id, shard, born) = Self::name(dir)?;
         let io = |source| Error::Io { path: dir.to_owned(), source };
         let db = dir.join("db");
@@ -409,16 +416,13 @@ impl Replica {
             clock,
             seq,
             topology,
-            limits: settings.limits.clone(),
+            limits: settings.limits,
             positions: found.positions,
             served: found.served,
             disk_free: Box::new(crate::dir::disk_watch(dir.to_owned(), context.env.clone())),
         });
         let (commands, queue) = mpsc::channel(QUEUE);
-        std::thread::Builder::new()
-            .name(format!("writer-{shard}"))
-            .spawn(move || writer.run(queue))
-            .map_err(io)?;
+        std::thread::Builder::new().name(format!("writer-{shard}")).spawn(move || writer.run(queue)).map_err(io)?;
         Ok(Arc::new(Self {
             id,
             shard,
@@ -451,13 +455,19 @@ impl Replica {
         let refused = |code, text: &str| vec![Err(Refused::new(code, text)); count];
         let kib = (bytes.div_ceil(1024)).min(ROOM_KIB) as u32;
         let Ok(room) = self.room.clone().try_acquire_many_owned(kib) else {
-            return refused(FailureCode::ResourceExhausted, "the shard's writer has 64 MiB waiting: slow down and try again");
+            return refused(
+                FailureCode::ResourceExhausted,
+                "the shard's writer has 64 MiB waiting: slow down and try again",
+            );
         };
         let (reply, answer) = oneshot::channel();
         match self.commands.try_send(Command::Local(writes, reply, room)) {
             Ok(()) => {}
             Err(mpsc::error::TrySendError::Full(_)) => {
-                return refused(FailureCode::ResourceExhausted, "the shard's writer has 1,024 batches waiting: slow down and try again");
+                return refused(
+                    FailureCode::ResourceExhausted,
+                    "the shard's writer has 1,024 batches waiting: slow down and try again",
+                );
             }
             Err(mpsc::error::TrySendError::Closed(_)) => {
                 return refused(FailureCode::NotReady, "the replica is stopping");

@@ -14,9 +14,9 @@ use vasto_client::env::Env;
 use vasto_client::hash::{jump_hash, partition_hash};
 use vasto_client::v1::{
     Answer, Batch, CompactRequest, CompactResponse, Entry, Failure, FailureCode, FollowRequest, FollowResponse,
-    InspectEntry, InspectRequest, InspectResponse, KeyspaceUpdate, LearnRequest, Missing, Operation,
-    ScanRequest, ScanResponse, SnapshotRequest, SnapshotResponse, Value, Written, answer, follow_request,
-    follow_response, peer_server, store_server, value,
+    InspectEntry, InspectRequest, InspectResponse, KeyspaceUpdate, LearnRequest, Missing, Operation, ScanRequest,
+    ScanResponse, SnapshotRequest, SnapshotResponse, Value, Written, answer, follow_request, follow_response,
+    peer_server, store_server, value,
 };
 use xxhash_rust::xxh64::xxh64;
 
@@ -73,9 +73,13 @@ impl Server {
             let id = operation.id;
             match self.place(operation) {
                 Ok((keyspace, replica, placed)) => {
-                    let work = work
-                        .entry((keyspace.uid().to_owned(), replica.id))
-                        .or_insert_with(|| Work { keyspace, replica, reads: Vec::new(), ids: Vec::new(), writes: Vec::new() });
+                    let work = work.entry((keyspace.uid().to_owned(), replica.id)).or_insert_with(|| Work {
+                        keyspace,
+                        replica,
+                        reads: Vec::new(),
+                        ids: Vec::new(),
+                        writes: Vec::new(),
+                    });
                     match placed {
                         Placed::Read { key, hash } => work.reads.push((id, key, hash)),
                         Placed::Write(write) => {
@@ -199,7 +203,9 @@ fn value_len(value: &Value) -> usize {
 
 /// Callers are held to less, but appends through different replicas add up.
 fn too_large(len: usize) -> Box<Failure> {
-    let message = format!("the value has grown to {len} bytes by appends through several stores, more than one message holds: put or delete the key");
+    let message = format!(
+        "the value has grown to {len} bytes by appends through several stores, more than one message holds: put or delete the key"
+    );
     failure(FailureCode::Invalid, message, None)
 }
 
@@ -362,14 +368,21 @@ async fn scan(
         let Some(replica) = keyspace.reader(request.shard, request.shards) else {
             let known = keyspace.with_topology(|t| readable(t).any(|v| v.size() == request.shards)).unwrap_or(false);
             let code = if known { FailureCode::NotReady } else { FailureCode::WrongShard };
-            let message = format!("shard {} of {} is not read here by topology version {}", request.shard, request.shards, keyspace.version());
+            let message = format!(
+                "shard {} of {} is not read here by topology version {}",
+                request.shard,
+                request.shards,
+                keyspace.version()
+            );
             return Err(failure(code, message, Some(keyspace.update())));
         };
         let (prefix, from, now) = (request.prefix.clone(), after.clone(), env.now_ms());
         let (shard, shards) = (request.shard, request.shards);
-        let page = tokio::task::spawn_blocking(move || scan_page(&replica, (shard, shards), &prefix, from.as_deref(), left, now))
-            .await
-            .map_err(|e| failure(FailureCode::Internal, e.to_string(), None))??;
+        let page = tokio::task::spawn_blocking(move || {
+            scan_page(&replica, (shard, shards), &prefix, from.as_deref(), left, now)
+        })
+        .await
+        .map_err(|e| failure(FailureCode::Internal, e.to_string(), None))??;
         left -= page.entries.len() as u64;
         let end = page.next.is_none() || left == 0;
         let message = ScanResponse { entries: page.entries, failure: None };
@@ -474,4 +487,3 @@ impl peer_server::Peer for Server {
         Ok(Response::new((*keyspace.update()).clone()))
     }
 }
-

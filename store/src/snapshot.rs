@@ -13,7 +13,8 @@ use tonic::{Status, Streaming};
 use vasto_client::v1::peer_client::PeerClient;
 use vasto_client::v1::snapshot_response::Message;
 use vasto_client::v1::{
-    Phase, Position, SnapshotEnd, SnapshotFile, SnapshotRecords, SnapshotRequest, SnapshotResponse, SnapshotStart, Topology, View,
+    Phase, Position, SnapshotEnd, SnapshotFile, SnapshotRecords, SnapshotRequest, SnapshotResponse, SnapshotStart,
+    Topology, View,
 };
 
 use crate::engine;
@@ -235,7 +236,8 @@ impl Source {
             let name = name.to_string_lossy().into_owned();
             loop {
                 let mut data = Vec::new();
-                let read = std::io::Read::read_to_end(&mut std::io::Read::take(&mut file, MESSAGE_BYTES as u64), &mut data)?;
+                let read =
+                    std::io::Read::read_to_end(&mut std::io::Read::take(&mut file, MESSAGE_BYTES as u64), &mut data)?;
                 let last = read < MESSAGE_BYTES;
                 let part = SnapshotFile { name: name.clone(), data: data.into(), last };
                 if !self.send(Message::File(part)) {
@@ -377,7 +379,9 @@ impl Reader {
         let mut stream = self.open().await?;
         let first = stream.next().await.ok_or(Error::Cut)??;
         match first.message {
-            Some(Message::Start(again)) if !again.restart && self.start.as_ref().is_some_and(|s| s.epoch == again.epoch) => {
+            Some(Message::Start(again))
+                if !again.restart && self.start.as_ref().is_some_and(|s| s.epoch == again.epoch) =>
+            {
                 // Following still begins at the first pin: what changed before the
                 // second one at keys already passed comes from there.
                 self.stream = Some(stream);
@@ -486,7 +490,12 @@ async fn take_over_once(keyspace: &Arc<Keyspace>, replica: &Arc<Replica>, from: 
 }
 
 /// Joins one source's snapshot into a replica that holds something already.
-pub async fn join_from(keyspace: &Arc<Keyspace>, replica: &Arc<Replica>, source: u64, store: &str) -> Result<(), Error> {
+pub async fn join_from(
+    keyspace: &Arc<Keyspace>,
+    replica: &Arc<Replica>,
+    source: u64,
+    store: &str,
+) -> Result<(), Error> {
     let from = Origin { replica: source, store: store.to_owned() };
     let mut reader = Reader::new(keyspace.clone(), from, replica.id, false);
     let total = reader.begin().await?.records_total;
@@ -512,8 +521,7 @@ pub async fn join_from(keyspace: &Arc<Keyspace>, replica: &Arc<Replica>, source:
         .into_iter()
         // An own position is as good or better, unless it is of a past epoch.
         .filter(|p| {
-            p.replica == source
-                || replica.progress.position(p.replica).is_none_or(|mine| mine.epoch != p.epoch)
+            p.replica == source || replica.progress.position(p.replica).is_none_or(|mine| mine.epoch != p.epoch)
         })
         .collect();
     let batch = PeerBatch { positions, clock: reader.clock, ..PeerBatch::default() };

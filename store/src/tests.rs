@@ -10,7 +10,9 @@ use bytes::Bytes;
 use tokio::sync::Notify;
 use vasto_client::env::Env;
 use vasto_client::hash::{jump_hash, partition_hash};
-use vasto_client::v1::{Assignment, FailureCode, FollowStart, Phase, Position, Shard, SnapshotRequired, Topology, View};
+use vasto_client::v1::{
+    Assignment, FailureCode, FollowStart, Phase, Position, Shard, SnapshotRequired, Topology, View,
+};
 
 use crate::engine::{Engine, Shared};
 use crate::follow;
@@ -152,7 +154,8 @@ async fn what_a_peer_sends_again_after_a_crash_counts_once() {
     let dir = tempfile::tempdir().unwrap();
     let topology = stable(1, &[&[ME, PEER]]);
     let replica = open(dir.path(), &topology);
-    let slot = Slot { start: Stamp { time: 3, origin: 5 }, op: Op::Sum, seq: 4, number: Number::try_from(2.5).unwrap() };
+    let slot =
+        Slot { start: Stamp { time: 3, origin: 5 }, op: Op::Sum, seq: 4, number: Number::try_from(2.5).unwrap() };
     let merged = Record::new(Record::unwritten(partition_hash(b"key")).into_parts().0, vec![slot], Vec::new());
     replica.apply(from_peer("key", merged.clone(), 10)).await.unwrap();
     let seq = replica.progress.last_seq();

@@ -150,19 +150,8 @@ struct Pending {
 impl Writer {
     /// A writer that has written nothing yet.
     pub fn new(start: Start) -> Self {
-        let Start {
-            replica,
-            engine,
-            env,
-            progress,
-            clock,
-            seq,
-            topology,
-            limits,
-            positions,
-            served,
-            disk_free,
-        } = start;
+        let Start { replica, engine, env, progress, clock, seq, topology, limits, positions, served, disk_free } =
+            start;
         Self {
             replica,
             engine,
@@ -284,12 +273,8 @@ impl Writer {
     fn forget_strangers(&mut self, batch: &mut engine::Batch<'_>) {
         let Some(view) = &self.topology.current else { return };
         let Some(shard) = view.place(self.replica).map(|p| p.shard) else { return };
-        let strangers: Vec<u64> = self
-            .positions
-            .keys()
-            .copied()
-            .filter(|id| view.place(*id).is_none_or(|p| p.shard != shard))
-            .collect();
+        let strangers: Vec<u64> =
+            self.positions.keys().copied().filter(|id| view.place(*id).is_none_or(|p| p.shard != shard)).collect();
         for id in strangers {
             self.positions.remove(&id);
             batch.delete_position(id);
@@ -361,7 +346,10 @@ impl Writer {
         if !self.topology.accepts_write(self.replica, write.op.partition_hash) {
             return Err(Refused::new(
                 FailureCode::WrongShard,
-                format!("the key is not (or no longer) of a shard served here, by topology version {}", self.topology.version),
+                format!(
+                    "the key is not (or no longer) of a shard served here, by topology version {}",
+                    self.topology.version
+                ),
             ));
         }
         let now = self.env.now_ms();
@@ -373,18 +361,10 @@ impl Writer {
         }
         // A put with the store's own clock is newer than all that this replica
         // has seen, so it needs no read; the partition check wants one.
-        let existing = if write.op.is_blind() && !write.named_partition {
-            None
-        } else {
-            self.existing(&write.key, overlay)?
-        };
+        let existing =
+            if write.op.is_blind() && !write.named_partition { None } else { self.existing(&write.key, overlay)? };
         let clock = &mut self.clock;
-        let context = merge::Context {
-            origin: clock.origin(),
-            after: write.after,
-            now_ms: now,
-            limits: &self.limits,
-        };
+        let context = merge::Context { origin: clock.origin(), after: write.after, now_ms: now, limits: &self.limits };
         let before = existing.clone();
         let applied = merge::apply(existing, write.op, &context, &mut || clock.tick(now))
             .map_err(|refusal| Refused::new(refusal.code(), refusal.to_string()))?;
@@ -414,7 +394,11 @@ impl Writer {
         let ahead_ms = Clock::ahead_ms(self.clock.last(), self.env.now_ms());
         if ahead_ms > self.limits.max_clock_skew_ms && !self.alarmed {
             // Accepted all the same, else replicas would not converge.
-            tracing::error!(replica = self.replica, ahead_ms, "a peer's clock is far ahead of this one: set the machines' clocks");
+            tracing::error!(
+                replica = self.replica,
+                ahead_ms,
+                "a peer's clock is far ahead of this one: set the machines' clocks"
+            );
         }
         self.alarmed = ahead_ms > self.limits.max_clock_skew_ms;
         for (key, record) in peer.records {

@@ -64,7 +64,11 @@ async fn bad_operations_are_refused_in_words_and_lose_nothing() {
         let (code, out, err) = cluster.run(args);
         assert_eq!(code, *want, "{:?}: {out}{err}", args.iter().map(|a| &a[..a.len().min(30)]).collect::<Vec<_>>());
         for word in *words {
-            assert!(err.to_lowercase().contains(&word.to_lowercase()) || err.replace(',', "").contains(&word.replace(',', "")), "{word:?} is not in {err:?}");
+            assert!(
+                err.to_lowercase().contains(&word.to_lowercase())
+                    || err.replace(',', "").contains(&word.replace(',', "")),
+                "{word:?} is not in {err:?}"
+            );
         }
     }
 
@@ -111,7 +115,17 @@ async fn a_data_folder_in_use_newer_or_not_writable_is_refused() {
     cluster.settled("good", 2, 1, 30).await;
     let folder = |name: &str| cluster.path().join(name).display().to_string();
     let store = |data: &str| {
-        run(&["--operator", &cluster.operator_address(), "store", "--name", "store-0", "--data", data, "--listen", "127.0.0.1:0"])
+        run(&[
+            "--operator",
+            &cluster.operator_address(),
+            "store",
+            "--name",
+            "store-0",
+            "--data",
+            data,
+            "--listen",
+            "127.0.0.1:0",
+        ])
     };
     let (code, _, err) = store(&folder("store-0"));
     assert_ne!(code, 0);

@@ -43,8 +43,7 @@ impl Cluster {
         let folder = tempfile::tempdir().unwrap();
         std::fs::write(folder.path().join("keyspace.yaml"), document).unwrap();
         let ports = (0..stores).map(|i| (format!("store-{i}"), free_port())).collect();
-        let mut cluster =
-            Self { folder, operator_port: free_port(), ports, operator: None, stores: BTreeMap::new() };
+        let mut cluster = Self { folder, operator_port: free_port(), ports, operator: None, stores: BTreeMap::new() };
         cluster.start_operator();
         for name in cluster.store_names() {
             cluster.start_store(&name);
@@ -182,8 +181,7 @@ impl Cluster {
 
     /// Asks for a store to be emptied and filled anew.
     pub async fn replace(&self, name: &str, store: &str) {
-        let request =
-            ReplaceRequest { name: name.to_owned(), store: store.to_owned(), accept_data_loss: false };
+        let request = ReplaceRequest { name: name.to_owned(), store: store.to_owned(), accept_data_loss: false };
         self.admin().await.replace(request).await.unwrap();
     }
 

@@ -83,7 +83,8 @@ impl Load {
                     let key = random.random_range(0..keys.len() / writers) * writers + i;
                     let next = {
                         let mut expected = expected.lock().unwrap();
-                        let e: &mut Expected = expected.entry(key).or_insert(Expected { acknowledged: 1, attempted: 1 });
+                        let e: &mut Expected =
+                            expected.entry(key).or_insert(Expected { acknowledged: 1, attempted: 1 });
                         e.attempted += 1;
                         e.attempted
                     };
@@ -137,7 +138,12 @@ impl Load {
     /// Reads every key and holds it against what may be there.
     pub async fn verify(&self) {
         let failed = self.counts.failed.lock().unwrap().clone();
-        assert!(!self.strict || failed.is_empty(), "{} operations failed, first: {:?}", failed.len(), &failed[..failed.len().min(5)]);
+        assert!(
+            !self.strict || failed.is_empty(),
+            "{} operations failed, first: {:?}",
+            failed.len(),
+            &failed[..failed.len().min(5)]
+        );
         let mut expected: BTreeMap<usize, Expected> = BTreeMap::new();
         for map in &self.expected {
             expected.extend(map.lock().unwrap().iter().map(|(k, e)| (*k, *e)));

@@ -61,9 +61,9 @@ fn returned(t: &mut Topology, seen: &Observation) {
 
 /// Whether each shard that shares keys with this replica has a copy that took over its records.
 fn taken_over(current: &View, seen: &Observation, g: &GivenUp) -> bool {
-    (0..current.size()).filter(|j| shards_meet(g.shard, g.shards, *j, current.size())).all(|j| {
-        places(current, j).any(|a| seen.sound(a).is_some_and(|r| r.taken_over.contains(&g.replica)))
-    })
+    (0..current.size())
+        .filter(|j| shards_meet(g.shard, g.shards, *j, current.size()))
+        .all(|j| places(current, j).any(|a| seen.sound(a).is_some_and(|r| r.taken_over.contains(&g.replica))))
 }
 
 /// Whether a view names this replica.

@@ -82,7 +82,7 @@ fn stores_wanted(state: Option<&Topology>, next: Option<&Topology>, call: &Call<
     for topology in state.into_iter().chain(next) {
         wanted.extend(topology.stores().into_iter().map(str::to_owned));
     }
-    if !call.spec.deleting && !state.is_some_and(|s| s.phase() == Phase::Deleting) {
+    if !call.spec.deleting && state.is_none_or(|s| s.phase() != Phase::Deleting) {
         let of = next.or(state).cloned().unwrap_or_default();
         wanted.extend(start::desired(&of, call).into_iter().flatten().flatten());
         let target = start::desired(&Topology { replace: None, ..of }, call);

@@ -193,6 +193,56 @@ fn a_store_that_is_away_is_waited_for_in_each_phase() {
     }
 }
 
+/// Rounds in which some followers do nothing.
+fn round_without(sim: &mut Sim, lazy: &str) {
+    sim.tick(false);
+    let names: Vec<String> = sim.stores.keys().cloned().collect();
+    for name in &names {
+        sim.deliver(name);
+        sim.act(name);
+    }
+    for pair in sim.pairs().into_iter().filter(|(follower, ..)| follower != lazy) {
+        sim.follow(&pair, usize::MAX);
+    }
+}
+
+fn serving(sim: &Sim, store: &str) -> Vec<bool> {
+    let current = sim.status.clone().and_then(|t| t.current).expect("committed");
+    current.places().filter(|p| p.assignment.store == store).map(|p| p.assignment.serving).collect()
+}
+
+#[test]
+fn who_has_not_drained_the_old_owners_is_not_served_until_it_has() {
+    let mut sim = Sim::in_use(3, 2);
+    sim.scale(5, 2);
+    assert!(sim.until(Phase::Switch));
+    // Clients that don't know the new owners yet.
+    (0..KEYS).for_each(|key| assert!(sim.write(key, 0, 0)));
+    while sim.phase() != Phase::Cleanup {
+        round_without(&mut sim, "store-4");
+    }
+    assert_eq!(serving(&sim, "store-4"), [false, false]);
+    assert!(serving(&sim, "store-3").contains(&true));
+    sim.settled();
+    assert_eq!(serving(&sim, "store-4"), [true, true]);
+}
+
+#[test]
+fn who_is_away_when_an_old_owner_goes_is_not_served_until_it_has_caught_up() {
+    let mut sim = Sim::in_use(4, 2);
+    sim.scale(3, 2);
+    while sim.phase() != Phase::Cleanup {
+        sim.round();
+    }
+    sim.die("store-0");
+    sim.settle();
+    assert!(sim.stores["store-3"].replicas.is_empty());
+    assert_eq!(serving(&sim, "store-0"), [false, false]);
+    sim.back("store-0");
+    sim.settled();
+    assert_eq!(serving(&sim, "store-0"), [true, true]);
+}
+
 #[test]
 fn a_lost_store_is_given_up_in_each_phase_where_others_have_its_shards() {
     for phase in CHANGE {

@@ -310,7 +310,8 @@ impl Sim {
         // Who begins to be served has what its living sources had, but for the last of it.
         for place in after.places().filter(|p| p.assignment.serving) {
             let served = before.place(place.assignment.replica).is_some_and(|p| p.assignment.serving);
-            let Some(replica) = self.alive(&place.assignment.store, place.assignment.replica).filter(|_| !served) else {
+            let Some(replica) = self.alive(&place.assignment.store, place.assignment.replica).filter(|_| !served)
+            else {
                 assert!(served || seen.is_living(&place.assignment.store), "it is away and begins to be served");
                 continue;
             };
@@ -318,7 +319,8 @@ impl Sim {
             let of = if switched { before } else { after };
             for source in state.sources(place.assignment.replica) {
                 let id = source.assignment.replica;
-                let Some(from) = self.linked(&source.assignment.store, id).filter(|r| r.born && of.place(id).is_some()) else {
+                let Some(from) = self.linked(&source.assignment.store, id).filter(|r| r.born && of.place(id).is_some())
+                else {
                     continue;
                 };
                 let (epoch, at, heard) = replica.positions.get(&id).expect("it follows");
@@ -344,11 +346,23 @@ impl Sim {
                 assert!(ready, "fenced before a new owner knows: {next:?}");
             }
         }
+        if (state.phase(), next.phase()) == (Phase::Fence, Phase::Drain) {
+            for old in state.previous.iter().flat_map(View::places) {
+                let fence = self.linked(&old.assignment.store, old.assignment.replica).map(|r| r.fence.0);
+                assert!(fence.is_none_or(|version| version == next.switch_version), "not fenced: {next:?}");
+            }
+        }
         if (state.phase(), next.phase()) == (Phase::Drain, Phase::Cleanup) {
+            for shard in 0..after.size() {
+                let owners = after.places().filter(|p| p.shard == shard && p.assignment.serving);
+                let living = owners.filter(|p| self.linked(&p.assignment.store, p.assignment.replica).is_some());
+                assert!(living.count() > 0, "nobody serves shard {shard}: {next:?}");
+            }
             for new in after.places().filter(|p| p.assignment.serving) {
                 let Some(replica) = self.linked(&new.assignment.store, new.assignment.replica) else { continue };
                 let others = |p: &Place<'_>| {
-                    p.assignment.replica != new.assignment.replica && shards_meet(p.shard, p.shards, new.shard, new.shards)
+                    p.assignment.replica != new.assignment.replica
+                        && shards_meet(p.shard, p.shards, new.shard, new.shards)
                 };
                 for old in state.previous.iter().flat_map(View::places).filter(others) {
                     let Some(from) = self.linked(&old.assignment.store, old.assignment.replica) else { continue };
@@ -487,7 +501,8 @@ impl Sim {
         for (id, replica) in store.replicas.iter_mut().filter(|(_, r)| r.born) {
             for g in t.handing_over(*id) {
                 let Some(from) = self.stores.get(&g.store).filter(|s| s.alive) else { continue };
-                let Some(source) = from.replicas.get(&g.replica).filter(|_| !replica.taken_over.contains(&g.replica)) else {
+                let Some(source) = from.replicas.get(&g.replica).filter(|_| !replica.taken_over.contains(&g.replica))
+                else {
                     continue;
                 };
                 let wanted = |w: &&u32| **w != 0 && t.hands_over(g.replica, *id, hash(self.writes[**w as usize]));
