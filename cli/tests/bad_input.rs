@@ -6,7 +6,6 @@
 mod common;
 
 use std::path::Path;
-use std::process::Command;
 
 use common::{Cluster, PACKAGES, vasto};
 
@@ -94,57 +93,4 @@ fn what_can_not_be_reached_or_used_is_named() {
     std::fs::create_dir(folder.path().join("operator")).unwrap();
     std::fs::write(folder.path().join("operator/operator.json"), "{\"format\":99}").unwrap();
     vasto(&["up", "--data", &data, "--listen", "127.0.0.1:0"]).fails(1, "has format 99");
-}
-
-/// A small file system in memory, where this user may mount one.
-struct Tmpfs<'a>(&'a Path);
-
-impl<'a> Tmpfs<'a> {
-    fn mount(at: &'a Path) -> Option<Self> {
-        std::fs::create_dir(at).unwrap();
-        let done = Command::new("mount").args(["-t", "tmpfs", "-o", "size=512m", "tmpfs"]).arg(at).output();
-        done.is_ok_and(|d| d.status.success()).then_some(Self(at))
-    }
-}
-
-impl Drop for Tmpfs<'_> {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg("-l").arg(self.0).status();
-    }
-}
-
-#[test]
-fn a_full_disk_refuses_writes_and_loses_nothing() {
-    let folder = tempfile::tempdir().unwrap();
-    std::fs::write(folder.path().join("keyspace.yaml"), PACKAGES.replace("Factor: 2", "Factor: 1")).unwrap();
-    let data = folder.path().join("data");
-    let Some(_tmpfs) = Tmpfs::mount(&data) else {
-        eprintln!("not tested: mounting a tmpfs needs root");
-        return;
-    };
-    let cluster = Cluster::start_in(folder, &data, &[]);
-    // Noise, since RocksDB would compress anything else.
-    let mut noise = 1u64;
-    let value: Vec<u8> = std::iter::repeat_with(|| {
-        noise = noise.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-        (noise >> 56) as u8
-    })
-    .take(4 << 20)
-    .collect();
-    let mut put = 0;
-    let refused = loop {
-        let done = cluster.run_with(&["put", "packages", &format!("key-{put}")], &value);
-        if done.code != 0 {
-            break done;
-        }
-        put += 1;
-        assert!(put < 130, "a disk of 512 MiB took {put} values of 4 MiB");
-    };
-    refused.fails(4, "make room on the store's disk, or add shards");
-    assert!(put > 3, "only {put} values fitted");
-    for number in 0..put {
-        // As text it is not the same, but just as long and just as different.
-        let read = cluster.run(&["get", "packages", &format!("key-{number}")]).ok();
-        assert!(read == String::from_utf8_lossy(&value), "key-{number} is not what was put");
-    }
 }

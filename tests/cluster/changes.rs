@@ -3,11 +3,8 @@
 
 use std::time::{Duration, Instant};
 
-use base64::Engine as _;
-use prost::Message as _;
 use vasto_client::hash::{jump_hash, partition_hash};
-use vasto_client::v1::Topology;
-use vasto_tests::cluster::Cluster;
+use vasto_tests::cluster::{Cluster, topology};
 use vasto_tests::oracle::Load;
 use vasto_tests::packages;
 
@@ -60,9 +57,7 @@ fn ideal(keys: &[String], from: (u32, u32), to: (u32, u32)) -> usize {
 
 /// The replicas on a store, by id.
 fn replicas_on(resource: &serde_json::Value, store: &str) -> Vec<String> {
-    let text = resource.pointer("/status/topology").and_then(serde_json::Value::as_str).unwrap();
-    let bytes = base64::engine::general_purpose::STANDARD.decode(text).unwrap();
-    let topology = Topology::decode(bytes.as_slice()).unwrap();
+    let topology = topology(resource);
     let places = topology.current.unwrap_or_default();
     places.places().filter(|p| p.assignment.store == store).map(|p| format!("{:016x}", p.assignment.replica)).collect()
 }

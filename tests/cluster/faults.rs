@@ -3,7 +3,8 @@
 
 use std::time::{Duration, Instant};
 
-use vasto_tests::cluster::Cluster;
+use vasto_client::Op;
+use vasto_tests::cluster::{Cluster, topology};
 use vasto_tests::oracle::Load;
 
 const PHASES: [&str; 5] = ["Prepare", "Switch", "Fence", "Drain", "Cleanup"];
@@ -125,11 +126,57 @@ async fn a_store_whose_volume_is_gone_is_filled_anew() {
     let mut cluster = Cluster::start(3, &document("Periodic"));
     cluster.settled("faults", 2, 2, 30).await;
     let load = Load::fill(cluster.keyspace("faults").await, keys(2_000), true).await;
+    // What only the lost volume had can't come back: first everything is on both.
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while cluster.run(&["check", "faults"]).0 != 0 {
+        assert!(Instant::now() < deadline, "the replicas don't become equal\n{}", cluster.tail());
+    }
+    let before = topology(&cluster.describe("faults").await.unwrap());
     cluster.kill_store("store-1");
     std::fs::remove_dir_all(cluster.path().join("store-1")).unwrap();
     cluster.start_store("store-1");
+    cluster
+        .wait_for("faults", "new replicas on store-1", 60, |resource| {
+            let now = topology(resource);
+            let old = before.current.iter().flat_map(|v| v.places()).filter(|p| p.assignment.store == "store-1");
+            old.into_iter().all(|p| now.views().all(|v| v.place(p.assignment.replica).is_none()))
+        })
+        .await;
     cluster.settled("faults", 2, 2, 60).await;
     load.verify().await;
+    let (code, out, err) = cluster.run(&["check", "faults"]);
+    assert_eq!(code, 0, "{out}{err}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_store_that_was_given_up_hands_over_what_it_alone_has() {
+    let mut cluster = Cluster::start(2, &(document("Periodic") + "  storeLostAfter: 8s\n"));
+    cluster.settled("faults", 2, 2, 30).await;
+    let keyspace = cluster.keyspace("faults").await;
+    cluster.kill_store("store-1");
+    let start = Instant::now();
+    let alone = (0..200).map(|i| Op::put(format!("alone-{i}"), "on store-0"));
+    for result in keyspace.batch(alone).await {
+        result.unwrap();
+    }
+    println!("with store-1 dead, 200 writes took {:?}", start.elapsed());
+    cluster.kill_store("store-0");
+    cluster.start_store("store-1");
+    cluster
+        .wait_for("faults", "store-0's replicas given up", 60, |resource| {
+            let given_up = topology(resource).given_up;
+            given_up.len() == 2 && given_up.iter().all(|g| g.store == "store-0")
+        })
+        .await;
+    keyspace.put("later", "on store-1").await.unwrap();
+    assert_eq!(keyspace.get("alone-0").await.unwrap(), None, "store-1 never had it");
+    cluster.start_store("store-0");
+    cluster.wait_for("faults", "store-0 filled anew", 60, |resource| topology(resource).given_up.is_empty()).await;
+    cluster.settled("faults", 2, 2, 60).await;
+    for i in 0..200 {
+        assert!(keyspace.get(format!("alone-{i}")).await.unwrap().is_some(), "alone-{i} is lost");
+    }
+    assert!(keyspace.get("later").await.unwrap().is_some());
     let (code, out, err) = cluster.run(&["check", "faults"]);
     assert_eq!(code, 0, "{out}{err}");
 }

@@ -7,9 +7,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use base64::Engine as _;
+use prost::Message as _;
 use serde_json::Value;
 use vasto_client::v1::keyspaces_client::KeyspacesClient;
-use vasto_client::v1::{DescribeRequest, ReplaceRequest, ScaleRequest};
+use vasto_client::v1::{DescribeRequest, ReplaceRequest, ScaleRequest, Topology};
 use vasto_client::{Client, Keyspace};
 
 /// The binary that `cargo build --workspace` made beside this test.
@@ -281,6 +283,13 @@ pub struct Copied {
     pub bytes: u64,
     /// How long it copied.
     pub seconds: f64,
+}
+
+/// The topology that a resource's status holds.
+pub fn topology(resource: &Value) -> Topology {
+    let text = resource.pointer("/status/topology").and_then(Value::as_str).unwrap();
+    let bytes = base64::engine::general_purpose::STANDARD.decode(text).unwrap();
+    Topology::decode(bytes.as_slice()).unwrap()
 }
 
 /// Runs the binary: (exit code, stdout, stderr).

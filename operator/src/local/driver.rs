@@ -494,6 +494,8 @@ impl Driver {
         if let Err(refusal) = &answer {
             tracing::debug!(keyspace = command.change.name(), %refusal, "refused");
         }
+        // Whoever is answered may ask for what was made at once.
+        self.show();
         // Who asked may have gone.
         let _ = command.answer.send(answer);
     }

@@ -146,8 +146,10 @@ fn progressing(state: Option<&Topology>, next: Option<&Topology>, call: &Call<'_
 fn degraded(state: Option<&Topology>, call: &Call<'_>) -> Condition {
     let (kind, seen) = ("Degraded", call.seen);
     let mut found: Vec<(u8, &'static str, String)> = Vec::new();
-    for view in state.into_iter().flat_map(|s| [&s.current, &s.previous]).flatten() {
-        for shard in (0..view.size()).filter(|s| hollow(view, *s)) {
+    // What has left the previous view was dropped on purpose.
+    let views = state.into_iter().flat_map(|s| [(&s.current, true), (&s.previous, false)]);
+    for (view, is_current) in views.filter_map(|(view, is_current)| Some((view.as_ref()?, is_current))) {
+        for shard in (0..view.size()).filter(|s| is_current && hollow(view, *s)) {
             found.push((1, "ShardUnavailable", format!("nobody has shard {shard}: it is made anew")));
         }
         for place in view.places() {
@@ -163,6 +165,7 @@ fn degraded(state: Option<&Topology>, call: &Call<'_>) -> Condition {
                     found.push((6, "CatchingUp", format!("shard {shard} on {store} has to catch up")));
                 }
                 Fate::Living(_) => {}
+                Fate::Vacant if !is_current => {}
                 Fate::Vacant => found.push((5, "ReplicaMissing", format!("shard {shard} has no replica on {store}"))),
                 Fate::Away => found.push((4, "StoreAway", format!("{store} is away"))),
                 Fate::Gone | Fate::Lost => {
