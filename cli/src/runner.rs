@@ -114,6 +114,12 @@ impl StoreRunner for Runner {
                 let _ = running.task.await;
             }
             let folder = self.setting.folder(&name);
+            let entries = std::fs::read_dir(folder.join("keyspaces")).into_iter().flatten().flatten();
+            if entries.into_iter().any(|e| e.path().extension().is_some_and(|e| e == "retained")) {
+                // A deleted keyspace whose policy is to keep its files.
+                info!(store = name, folder = %folder.display(), "not needed, but its folder keeps a retained keyspace");
+                return Ok(());
+            }
             match std::fs::remove_dir_all(&folder) {
                 Ok(()) => info!(store = name, "removed"),
                 Err(error) if error.kind() == ErrorKind::NotFound => {}

@@ -153,6 +153,8 @@ async fn a_store_that_was_given_up_hands_over_what_it_alone_has() {
     let mut cluster = Cluster::start(2, &(document("Periodic") + "  storeLostAfter: 8s\n"));
     cluster.settled("faults", 2, 2, 30).await;
     let keyspace = cluster.keyspace("faults").await;
+    // Once a write is taken the topology is published, so synced by both stores.
+    keyspace.put("first", "on both").await.unwrap();
     cluster.kill_store("store-1");
     let start = Instant::now();
     let alone = (0..200).map(|i| Op::put(format!("alone-{i}"), "on store-0"));
