@@ -105,6 +105,18 @@ fn from_peer(key: &str, record: Record, seq: u64) -> PeerBatch {
     }
 }
 
+#[test]
+fn nothing_is_written_before_its_batch_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = Engine::open(dir.path(), &context().shared).unwrap();
+    let there = |engine: &Engine| (engine.row(b"key").unwrap().is_some(), engine.changes(0, 9).unwrap().len());
+    let mut batch = engine.batch();
+    batch.put_record(b"key", 2, 0, b"x");
+    assert_eq!(there(&engine), (false, 0));
+    engine.write(batch, false).unwrap();
+    assert_eq!(there(&engine), (true, 1));
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_record_and_its_change_are_written_together_or_not_at_all() {
     let dir = tempfile::tempdir().unwrap();
