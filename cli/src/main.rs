@@ -8,13 +8,16 @@ mod context;
 mod data;
 mod dump;
 mod exit;
+mod http;
 mod keyspace;
 mod keyspace_view;
+mod kubectl;
 mod listen;
 mod load;
 mod locate;
 mod operator;
 mod output;
+mod probe;
 mod runner;
 mod shell;
 mod store;
@@ -71,12 +74,17 @@ pub(crate) enum Command {
     /// Apply, list, describe, scale, replace, compact and delete keyspaces.
     #[command(alias = "ks", subcommand)]
     Keyspace(keyspace::Verb),
+    /// What kubectl lacks for keyspaces; also as `kubectl vasto`, by a link named kubectl-vasto to this binary.
+    Kubectl(kubectl::Kubectl),
     /// Compare all replicas of all shards, record by record.
     Check(check::Check),
     /// Print which shard and stores a key belongs to.
     Locate(locate::Locate),
     /// Measure throughput and latency.
     Bench(bench::Bench),
+    /// Ask a server over HTTP whether it is well.
+    #[command(hide = true)]
+    Probe(probe::Probe),
     /// Commands at a prompt, with history and completion.
     Shell,
 }
@@ -87,8 +95,15 @@ impl Command {
     }
 }
 
+/// The command line; under the name kubectl-vasto it is that of the plugin.
+fn parse() -> Cli {
+    let name = std::env::args_os().next().map(std::path::PathBuf::from);
+    let plugin = name.as_deref().and_then(std::path::Path::file_name).is_some_and(|n| n == "kubectl-vasto");
+    if plugin { kubectl::Plugin::parse().into() } else { Cli::parse() }
+}
+
 fn main() -> ExitCode {
-    let Cli { global, command } = Cli::parse();
+    let Cli { global, command } = parse();
     if let Err(error) = logs(&global, &command) {
         return report(&Err(error)).into();
     }
@@ -163,6 +178,8 @@ async fn run(context: &Context, command: Command) -> anyhow::Result<()> {
         Command::Check(args) => Box::pin(check::run(context, args)).await,
         Command::Locate(args) => Box::pin(locate::run(context, args)).await,
         Command::Bench(args) => Box::pin(bench::run(context, args)).await,
+        Command::Kubectl(args) => Box::pin(kubectl::run(context, args)).await,
+        Command::Probe(args) => Box::pin(probe::run(args)).await,
         // Main runs it: a prompt needs a thread that is not the runtime's.
         Command::Shell => Err(fault(Code::Usage, "the shell is running already")),
     }
@@ -185,7 +202,9 @@ mod tests {
             ("scan p --limit 3 --output json", true),
             ("get p k --operator nowhere", false),
             ("put p k v --ttl 0s", false),
-            ("operator", false),
+            ("operator --local x --namespace y", false),
+            ("kubectl status", true),
+            ("kubectl replace packages store-1 --accept-data-loss -n shop", true),
         ] {
             let parsed = Cli::try_parse_from(std::iter::once("vasto").chain(line.split(' ')));
             assert_eq!(parsed.is_ok(), fits, "{line}");

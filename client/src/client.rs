@@ -14,6 +14,7 @@ use crate::error::{Error, describe_transport};
 use crate::keyspace::{self, Keyspace};
 use crate::pipe::MAX_MESSAGE;
 use crate::pool::Pool;
+use crate::topology::short;
 use crate::v1::keyspaces_client::KeyspacesClient;
 use crate::watch::{Status, Topologies};
 
@@ -107,7 +108,8 @@ impl Client {
         self
     }
 
-    /// Opens a keyspace: waits until the operator has said where its shards are.
+    /// Opens a keyspace: waits until the operator has said where its shards are. On Kubernetes one of
+    /// another namespace than `default` is called `namespace/name`.
     ///
     /// ```no_run
     /// # async fn example(client: vasto_client::Client) -> Result<(), vasto_client::Error> {
@@ -120,6 +122,7 @@ impl Client {
     /// [`Error::Missing`] when it does not exist, [`Error::Unavailable`] when the
     /// operator can't be reached within the deadline.
     pub async fn keyspace(&self, name: &str) -> Result<Keyspace, Error> {
+        let name = short(name);
         let inner = &self.inner;
         if !inner.watching.swap(true, Ordering::AcqRel) {
             let (stop, topologies) = (inner.stop.clone(), inner.topologies.clone());

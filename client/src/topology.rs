@@ -5,6 +5,20 @@
 use crate::hash::{jump_hash, shards_meet};
 use crate::v1::{Assignment, GivenUp, Phase, Topology, View};
 
+/// The namespace whose keyspaces are called by their names alone.
+pub const DEFAULT_NAMESPACE: &str = "default";
+
+/// What topologies and watchers call a keyspace of a Kubernetes namespace: `packages` in `default`,
+/// `shop/packages` in `shop`.
+pub fn qualified(namespace: &str, name: &str) -> String {
+    if namespace == DEFAULT_NAMESPACE { name.to_owned() } else { format!("{namespace}/{name}") }
+}
+
+/// A name as topologies have it: `default/packages` is `packages`.
+pub fn short(name: &str) -> &str {
+    name.strip_prefix(DEFAULT_NAMESPACE).and_then(|rest| rest.strip_prefix('/')).unwrap_or(name)
+}
+
 /// One replica's place in one view.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Place<'a> {

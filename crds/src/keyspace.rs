@@ -92,11 +92,10 @@ pub const MAX_NAME: usize = 40;
 )]
 // A shard count below 1 has its own message; this one would only add "at most 0".
 #[x_kube(validation = Rule::new("self.shards < 1 || self.replicationFactor <= self.shards")
-    .message(Message::Expression(
-        "'must not be more than shards, which is ' + string(self.shards) + ': each copy of a shard \
-         stands on a store of its own and there is one store per shard; lower replicationFactor or \
-         raise shards'".into()
-    ))
+    .message(
+        "must not be more than shards: each copy of a shard stands on a store of its own and there is \
+         one store per shard; lower replicationFactor or raise shards"
+    )
     .field_path(".replicationFactor"))]
 #[serde(rename_all = "camelCase")]
 pub struct KeyspaceSpec {

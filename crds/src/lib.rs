@@ -13,8 +13,8 @@
 //! assert_eq!(
 //!     error.to_string(),
 //!     "keyspace.yaml: document 1, keyspace packages: spec.replicationFactor is 3: must not be \
-//!      more than shards, which is 2: each copy of a shard stands on a store of its own and there \
-//!      is one store per shard; lower replicationFactor or raise shards"
+//!      more than shards: each copy of a shard stands on a store of its own and there is one store \
+//!      per shard; lower replicationFactor or raise shards"
 //! );
 //! ```
 

@@ -23,6 +23,10 @@ pub struct KeyspaceStatus {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub topology_version: Option<u64>,
 
+    /// The newest version of the topology that clients are told of.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub published_version: Option<u64>,
+
     /// How many shards clients use now; spec.shards is reached when the change is through.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub shards: Option<u32>,
@@ -55,8 +59,9 @@ pub struct KeyspaceStatus {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub progress: Option<Progress>,
 
-    /// Ready: every shard has its full number of serving replicas. Progressing: a change is under
-    /// way. Degraded: something needs attention, the message says what.
+    /// Ready: every shard is served. Progressing: a change is under way. Degraded: something needs
+    /// attention, the message says what. RequiresUpdate: stores would be restarted with what this
+    /// operator would give them, and wait for a change of yours or for kubectl vasto restart.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
     pub conditions: Vec<Condition>,
@@ -213,21 +218,24 @@ pub enum StoreState {
     Away,
     /// It was away for too long; its replicas were given up.
     Lost,
+    /// This operator has not heard of it yet.
+    Unknown,
     /// It is leaving; its data has moved or is moving away.
     Leaving,
 }
 
-/// Sets one condition, keyed by its type. The time of transition moves only when the status does.
+/// Sets one condition, keyed by its type; a status of none is Unknown. The time of transition moves
+/// only when the status does.
 pub fn set_condition(
     conditions: &mut Vec<Condition>,
     type_: &str,
-    status: bool,
+    status: Option<bool>,
     reason: &str,
     message: &str,
     generation: Option<i64>,
     now_ms: u64,
 ) {
-    let status = if status { "True" } else { "False" };
+    let status = status.map_or("Unknown", |status| if status { "True" } else { "False" });
     let mut new = Condition {
         last_transition_time: time(now_ms),
         message: message.to_owned(),
@@ -260,11 +268,11 @@ mod tests {
     #[test]
     fn conditions_keep_the_time_of_their_transition() {
         let mut conditions = vec![];
-        set_condition(&mut conditions, "Ready", false, "Preparing", "0/6", Some(1), 1_000);
-        set_condition(&mut conditions, "Ready", false, "Preparing", "3/6", Some(2), 5_000);
+        set_condition(&mut conditions, "Ready", None, "Preparing", "0/6", Some(1), 1_000);
+        set_condition(&mut conditions, "Ready", None, "Preparing", "3/6", Some(2), 5_000);
         assert_eq!((conditions.len(), &conditions[0].last_transition_time), (1, &time(1_000)));
         assert_eq!((conditions[0].message.as_str(), conditions[0].observed_generation), ("3/6", Some(2)));
-        set_condition(&mut conditions, "Ready", true, "AllServing", "6/6", Some(2), 9_000);
+        set_condition(&mut conditions, "Ready", Some(true), "AllServing", "6/6", Some(2), 9_000);
         assert_eq!(conditions[0].last_transition_time, time(9_000));
     }
 

@@ -39,7 +39,7 @@ fn fields() {
         ("shards: 9, replicationFactor: 8", "spec.replicationFactor is 8: must be a whole number from 1 to 7"),
         (
             "shards: 2, replicationFactor: 3",
-            "spec.replicationFactor is 3: must not be more than shards, which is 2: each copy of a shard stands on a \
+            "spec.replicationFactor is 3: must not be more than shards: each copy of a shard stands on a \
              store of its own and there is one store per shard; lower replicationFactor or raise shards",
         ),
         // Types.
@@ -299,7 +299,7 @@ fn changes() {
     // And what may not stand at all, whatever was before.
     assert_eq!(
         refused(&|s| s.shards = 1),
-        "keyspace packages: spec.replicationFactor is 2: must not be more than shards, which is 1: each copy of a shard stands \
+        "keyspace packages: spec.replicationFactor is 2: must not be more than shards: each copy of a shard stands \
          on a store of its own and there is one store per shard; lower replicationFactor or raise shards"
     );
     assert_eq!(

@@ -17,9 +17,10 @@ use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
+use vasto_client::topology::short;
 use vasto_client::v1::watch_response::Event;
 use vasto_client::v1::{
-    KeyspaceReport, KeyspaceUpdate, Phase, StoreAddress, StoreReport, StoreUpdate, Topology, WatchRequest,
+    Disk, KeyspaceReport, KeyspaceUpdate, Phase, StoreAddress, StoreReport, StoreUpdate, Topology, WatchRequest,
     WatchResponse,
 };
 
@@ -44,7 +45,21 @@ struct Inner {
     /// The index's serial: wakes the streams of stores.
     changed: watch::Sender<u64>,
     wake: Notify,
+    leader: watch::Sender<Leader>,
+    address_of: Option<AddressOf>,
     stop: CancellationToken,
+}
+
+/// Where a store of a keyspace (by the topology's name of it) can be reached, where a rule says so.
+pub type AddressOf = fn(keyspace: &str, store: &str) -> String;
+
+/// Who takes the stores' reports.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Leader {
+    /// This operator.
+    Here,
+    /// Another one: at this address (`host:port`), if it is known.
+    Elsewhere(Option<String>),
 }
 
 #[derive(Default)]
@@ -57,9 +72,21 @@ struct Index {
     names: BTreeMap<String, Name>,
     /// By uid.
     committed: BTreeMap<String, Committed>,
-    stores: BTreeMap<String, Store>,
+    stores: BTreeMap<StoreKey, Store>,
     watchers: BTreeMap<u64, Watcher>,
     dirty: Dirty,
+}
+
+/// The uid of the one keyspace that the store serves (empty: any), and its name.
+type StoreKey = (String, String);
+
+/// The stores that serve this keyspace, or any.
+fn serving<'a>(stores: &'a BTreeMap<StoreKey, Store>, uid: &'a str) -> impl Iterator<Item = (&'a str, &'a Store)> {
+    let of = |only: &'a str| {
+        let first = (only.to_owned(), String::new());
+        stores.range(first..).take_while(move |((o, _), _)| o == only).map(|((_, name), store)| (name.as_str(), store))
+    };
+    of(uid).chain(of("").filter(move |_| !uid.is_empty()))
 }
 
 /// A keyspace's name, as watchers see it.
@@ -106,6 +133,8 @@ struct Store {
     reports: BTreeMap<String, Arc<KeyspaceReport>>,
     /// By uid.
     topologies: BTreeMap<String, Arc<Topology>>,
+    disk: Option<Disk>,
+    foreign: Vec<String>,
 }
 
 #[derive(Default)]
@@ -136,6 +165,11 @@ impl Dirty {
             uids.insert(uid.to_owned());
         }
     }
+
+    /// A store came or went that serves this keyspace only, or (empty) any.
+    fn touch(&mut self, only: &str) {
+        if only.is_empty() { *self = Self::All } else { self.add(only) }
+    }
 }
 
 /// A store, as a driver sees it.
@@ -151,6 +185,10 @@ pub struct Seen {
     pub report: Option<Arc<KeyspaceReport>>,
     /// The topology of it that the store has.
     pub topology: Option<Arc<Topology>>,
+    /// Its disk, as last heard.
+    pub disk: Option<Disk>,
+    /// Other keyspaces, by uid, whose data lies in its folder, so that it does nothing there.
+    pub foreign: Vec<String>,
 }
 
 impl Store {
@@ -160,10 +198,15 @@ impl Store {
 }
 
 impl Hub {
-    /// A hub that knows nothing yet. Its streams end when `stop` is cancelled.
+    /// A hub that knows nothing yet and takes reports. Its streams end when `stop` is cancelled.
     pub fn new(stop: CancellationToken) -> Self {
-        let (index, changed) = (Mutex::default(), watch::Sender::new(0));
-        Self(Arc::new(Inner { index, changed, wake: Notify::new(), stop }))
+        Self::with(stop, Leader::Here, None)
+    }
+
+    /// The same, where others may lead, and where stores are found by a rule.
+    pub fn with(stop: CancellationToken, leader: Leader, address_of: Option<AddressOf>) -> Self {
+        let (index, changed, leader) = (Mutex::default(), watch::Sender::new(0), watch::Sender::new(leader));
+        Self(Arc::new(Inner { index, changed, wake: Notify::new(), leader, address_of, stop }))
     }
 
     fn index(&self) -> MutexGuard<'_, Index> {
@@ -185,6 +228,17 @@ impl Hub {
     /// Takes what there is to look at again.
     pub fn take_dirty(&self) -> Dirty {
         std::mem::take(&mut self.index().dirty)
+    }
+
+    /// From now on reports are taken here, or refused with the address of who takes them. Streams of
+    /// stores end when another leads.
+    pub fn set_leader(&self, leader: Leader) {
+        self.0.leader.send_if_modified(|now| {
+            *now != leader && {
+                *now = leader;
+                true
+            }
+        });
     }
 
     /// This name belongs to a keyspace, of which watchers will be told in time.
@@ -229,7 +283,7 @@ impl Hub {
             stores: topology.stores().into_iter().map(str::to_owned).collect(),
             published,
             serial: index.serial,
-            update: index.encode_for_stores(&topology),
+            update: self.encode_for_stores(&index, &topology),
             topology,
         };
         index.committed.insert(committed.topology.uid.clone(), committed);
@@ -251,7 +305,7 @@ impl Hub {
             return;
         }
         committed.published = Some(topology.clone());
-        index.show(&topology);
+        self.show(&mut index, &topology);
     }
 
     /// Forgets a keyspace, so that stores are told nothing more of it.
@@ -275,13 +329,15 @@ impl Hub {
             silent: store.heard.elapsed(),
             report: store.reports.get(uid).cloned(),
             topology: store.topologies.get(uid).cloned(),
+            disk: store.disk,
+            foreign: store.foreign.clone(),
         };
-        index.stores.iter().map(|(name, store)| (name.clone(), seen(store))).collect()
+        serving(&index.stores, uid).map(|(name, store)| (name.to_owned(), seen(store))).collect()
     }
 
     /// The topologies of this keyspace that stores have reported.
     pub fn reported(&self, uid: &str) -> Vec<Arc<Topology>> {
-        self.index().stores.values().filter_map(|s| s.topologies.get(uid).cloned()).collect()
+        serving(&self.index().stores, uid).filter_map(|(_, s)| s.topologies.get(uid).cloned()).collect()
     }
 
     /// The uid and name of every keyspace of which a store has reported a topology.
@@ -291,33 +347,43 @@ impl Hub {
         all.map(|t| (t.uid.clone(), t.name.clone())).collect()
     }
 
-    /// Living stores that hold no replica of anything, and that no committed topology names.
+    /// Living stores of any keyspace that hold no replica of anything, and that no committed topology names.
     pub fn idle_stores(&self) -> BTreeSet<String> {
         let index = self.index();
-        let idle = index.stores.iter().filter(|(name, store)| {
+        let idle = serving(&index.stores, "").filter(|(name, store)| {
             store.living()
                 && store.reports.values().all(|r| r.replicas.is_empty())
                 && index.committed.values().all(|c| !c.stores.contains(*name))
         });
-        idle.map(|(name, _)| name.clone()).collect()
+        idle.map(|(name, _)| name.to_owned()).collect()
     }
 
-    /// Stores that live.
+    /// Stores of any keyspace that live.
     pub fn living(&self) -> BTreeSet<String> {
         let index = self.index();
-        index.stores.iter().filter(|(_, s)| s.living()).map(|(name, _)| name.clone()).collect()
+        serving(&index.stores, "").filter(|(_, s)| s.living()).map(|(name, _)| name.to_owned()).collect()
     }
 
-    /// Whether all these stores live.
+    /// Whether all these stores of any keyspace live.
     pub fn all_living(&self, names: &BTreeSet<String>) -> bool {
         let index = self.index();
-        names.iter().all(|name| index.stores.get(name).is_some_and(Store::living))
+        names.iter().all(|name| index.store("", name).is_some_and(Store::living))
+    }
+
+    /// Stores and watchers that have a stream.
+    pub fn counts(&self) -> (usize, usize) {
+        let index = self.index();
+        (index.stores.values().filter(|s| s.stream.is_some()).count(), index.watchers.len())
     }
 
     /// Forgets stores that are gone and that no committed topology names.
     pub fn sweep_stores(&self) {
         let Index { stores, committed, .. } = &mut *self.index();
-        stores.retain(|name, store| store.stream.is_some() || committed.values().any(|c| c.stores.contains(name)));
+        stores.retain(|(only, name), store| {
+            let named = |c: &Committed| c.stores.contains(name);
+            store.stream.is_some()
+                || if only.is_empty() { committed.values().any(named) } else { committed.get(only).is_some_and(named) }
+        });
     }
 
     // What streams do.
@@ -328,6 +394,10 @@ impl Hub {
 
     fn changes(&self) -> watch::Receiver<u64> {
         self.0.changed.subscribe()
+    }
+
+    fn leader(&self) -> watch::Receiver<Leader> {
+        self.0.leader.subscribe()
     }
 
     fn next_id(&self) -> u64 {
@@ -355,7 +425,7 @@ impl Hub {
         let mut index = self.index();
         let index = &mut *index;
         let Some(watcher) = index.watchers.get_mut(&id) else { return Ok(Vec::new()) };
-        watcher.names.extend(request.keyspaces.iter().cloned());
+        watcher.names.extend(request.keyspaces.iter().map(|name| short(name).to_owned()));
         for known in request.known {
             let version = watcher.known.entry(known.uid.clone()).or_default();
             if known.version > *version {
@@ -372,7 +442,7 @@ impl Hub {
         }
         self.0.wake.notify_one();
         let subscribe = |name: String| {
-            let receiver = index.name(&name).shown.subscribe();
+            let receiver = index.name(short(&name)).shown.subscribe();
             (name, receiver)
         };
         Ok(request.keyspaces.into_iter().map(subscribe).collect())
@@ -380,10 +450,15 @@ impl Hub {
 
     fn leave(&self, id: u64) {
         let mut index = self.index();
-        index.watchers.remove(&id);
-        index.sweep();
+        let index = &mut *index;
+        let watcher = index.watchers.remove(&id).unwrap_or_default();
         // Whoever waited for this one waits no longer.
-        index.dirty = Dirty::All;
+        for name in &watcher.names {
+            if let Some(Shown::Update(update)) = index.names.get(name).map(|n| n.shown.borrow().clone()) {
+                index.dirty.add(&update.uid);
+            }
+        }
+        index.sweep();
         self.0.wake.notify_one();
     }
 
@@ -398,7 +473,8 @@ impl Hub {
             )));
         }
         let full = index.stores.len() >= MAX_STORES;
-        match index.stores.get_mut(name) {
+        let key = (report.only.clone(), name.clone());
+        match index.stores.get_mut(&key) {
             Some(old) if old.living() && old.incarnation != report.incarnation => {
                 return Err(Status::already_exists(format!(
                     "a store named {name} is connected already, from {}: two processes can't be one store; \
@@ -424,12 +500,14 @@ impl Hub {
                     heard: Instant::now(),
                     reports: BTreeMap::new(),
                     topologies: BTreeMap::new(),
+                    disk: None,
+                    foreign: Vec::new(),
                 };
-                index.stores.insert(name.clone(), store);
+                index.stores.insert(key, store);
             }
         }
-        tracing::info!(store = name, address = report.address, "a store has connected");
-        index.dirty = Dirty::All;
+        tracing::info!(store = name, keyspace = report.only, address = report.address, "a store has connected");
+        index.dirty.touch(&report.only);
         // A stream that spoke for it before learns that it no longer does.
         self.tell_stores(&index);
         drop(index);
@@ -439,16 +517,21 @@ impl Hub {
     fn heard_from_store(&self, id: u64, report: StoreReport) -> Result<(), Status> {
         let mut index = self.index();
         let index = &mut *index;
-        let store = speaker(&mut index.stores, &report.store, id)?;
+        let key = (report.only, report.store);
+        let name = key.1.as_str();
+        let store = speaker(&mut index.stores, &key, id)?;
         if store.incarnation != report.incarnation {
             return Err(Status::invalid_argument(format!(
                 "the incarnation of {} changed within one stream: a store that starts anew must connect anew",
-                report.store
+                name
             )));
         }
         let was_living = store.living();
         store.heard = Instant::now();
         store.stopping = report.stopping;
+        store.disk = report.disk;
+        let disturbed = store.foreign != report.foreign;
+        store.foreign = report.foreign;
         let moved = store.address != report.address;
         store.address = report.address;
 
@@ -470,12 +553,12 @@ impl Hub {
         let Store { reports, topologies, .. } = store;
         topologies.retain(|uid, _| reports.contains_key(uid));
 
-        if was_living != store.living() {
-            index.dirty = Dirty::All;
+        if was_living != store.living() || disturbed {
+            index.dirty.touch(&key.0);
         }
         changed.iter().for_each(|uid| index.dirty.add(uid));
         if moved {
-            index.readdress(&report.store);
+            self.readdress(index, &key);
             self.tell_stores(index);
         }
         self.0.wake.notify_one();
@@ -483,13 +566,16 @@ impl Hub {
     }
 
     /// What this store has to be told beyond what was `sent` (uid -> serial).
-    fn updates_for(&self, name: &str, id: u64, sent: &mut BTreeMap<String, u64>) -> Result<Option<Bytes>, Status> {
+    fn updates_for(&self, key: &StoreKey, id: u64, sent: &mut BTreeMap<String, u64>) -> Result<Option<Bytes>, Status> {
         let mut index = self.index();
         let index = &mut *index;
-        let store = speaker(&mut index.stores, name, id)?;
+        let store = speaker(&mut index.stores, key, id)?;
         sent.retain(|uid, _| index.committed.contains_key(uid));
+        let (only, name) = key;
         let mut bytes = BytesMut::new();
-        for (uid, committed) in &index.committed {
+        let own = index.committed.get_key_value(only).filter(|_| !only.is_empty());
+        let any = index.committed.iter().filter(|_| only.is_empty());
+        for (uid, committed) in own.into_iter().chain(any) {
             let concerned = committed.stores.contains(name) || store.reports.contains_key(uid);
             if concerned && bytes.len() < UPDATE_BYTES && sent.get(uid) != Some(&committed.serial) {
                 bytes.extend_from_slice(&committed.update);
@@ -500,13 +586,57 @@ impl Hub {
     }
 
     /// The stream that spoke for the store has ended.
-    fn silent(&self, name: &str, id: u64) {
+    fn silent(&self, key: &StoreKey, id: u64) {
         let mut index = self.index();
-        if let Ok(store) = speaker(&mut index.stores, name, id) {
+        if let Ok(store) = speaker(&mut index.stores, key, id) {
             store.stream = None;
-            index.dirty = Dirty::All;
-            tracing::info!(store = name, "a store has disconnected");
+            index.dirty.touch(&key.0);
+            tracing::info!(store = key.1, keyspace = key.0, "a store has disconnected");
             self.0.wake.notify_one();
+        }
+    }
+
+    fn update(&self, index: &Index, topology: &Topology) -> KeyspaceUpdate {
+        let address = |store: &str| {
+            let heard = index.store(&topology.uid, store).map(|s| s.address.clone()).filter(|a| !a.is_empty());
+            let ruled = || self.0.address_of.map(|of| of(&topology.name, store));
+            Some(StoreAddress { store: store.to_owned(), address: heard.or_else(ruled)? })
+        };
+        let addresses = topology.stores().into_iter().filter_map(address).collect();
+        KeyspaceUpdate { topology: Some(topology.clone()), addresses }
+    }
+
+    fn encode_for_stores(&self, index: &Index, topology: &Topology) -> Bytes {
+        StoreUpdate { keyspaces: vec![self.update(index, topology)] }.encode_to_vec().into()
+    }
+
+    fn show(&self, index: &mut Index, topology: &Topology) {
+        let event = Some(Event::Update(self.update(index, topology)));
+        let bytes = WatchResponse { event }.encode_to_vec().into();
+        let published = Published { uid: topology.uid.clone(), version: topology.version, bytes };
+        let name = index.name(&topology.name);
+        name.claimed = true;
+        name.shown.send_replace(Shown::Update(Arc::new(published)));
+    }
+
+    /// The address of a store has changed: everyone who was told of it is told again.
+    fn readdress(&self, index: &mut Index, (only, store): &StoreKey) {
+        let told = |uid: &str, c: &Committed| (only.is_empty() || only == uid) && c.stores.contains(store);
+        let uids: Vec<String> =
+            index.committed.iter().filter(|(uid, c)| told(uid, c)).map(|(uid, _)| uid.clone()).collect();
+        for uid in uids {
+            index.serial += 1;
+            let Some(committed) = index.committed.get(&uid) else { continue };
+            let update = self.encode_for_stores(index, &committed.topology);
+            let (serial, published) = (index.serial, committed.published.clone());
+            if let Some(committed) = index.committed.get_mut(&uid) {
+                (committed.serial, committed.update) = (serial, update);
+            }
+            if let Some(topology) = published
+                && index.names.get(&topology.name).is_some_and(|n| n.claimed)
+            {
+                self.show(index, &topology);
+            }
         }
     }
 }
@@ -541,53 +671,16 @@ impl Index {
         self.names.retain(|_, name| name.claimed || name.shown.receiver_count() > 0);
     }
 
-    fn update(&self, topology: &Topology) -> KeyspaceUpdate {
-        let address = |store: &str| {
-            let address = self.stores.get(store).map(|s| s.address.clone()).filter(|a| !a.is_empty())?;
-            Some(StoreAddress { store: store.to_owned(), address })
-        };
-        let addresses = topology.stores().into_iter().filter_map(address).collect();
-        KeyspaceUpdate { topology: Some(topology.clone()), addresses }
-    }
-
-    fn encode_for_stores(&self, topology: &Topology) -> Bytes {
-        StoreUpdate { keyspaces: vec![self.update(topology)] }.encode_to_vec().into()
-    }
-
-    fn show(&mut self, topology: &Topology) {
-        let event = Some(Event::Update(self.update(topology)));
-        let bytes = WatchResponse { event }.encode_to_vec().into();
-        let published = Published { uid: topology.uid.clone(), version: topology.version, bytes };
-        let name = self.name(&topology.name);
-        name.claimed = true;
-        name.shown.send_replace(Shown::Update(Arc::new(published)));
-    }
-
-    /// The address of a store has changed: everyone who was told of it is told again.
-    fn readdress(&mut self, store: &str) {
-        let uids: Vec<String> =
-            self.committed.iter().filter(|(_, c)| c.stores.contains(store)).map(|(uid, _)| uid.clone()).collect();
-        for uid in uids {
-            self.serial += 1;
-            let Some(committed) = self.committed.get(&uid) else { continue };
-            let update = self.encode_for_stores(&committed.topology.clone());
-            let published = committed.published.clone();
-            if let Some(committed) = self.committed.get_mut(&uid) {
-                (committed.serial, committed.update) = (self.serial, update);
-            }
-            if let Some(topology) = published
-                && self.names.get(&topology.name).is_some_and(|n| n.claimed)
-            {
-                self.show(&topology);
-            }
-        }
+    /// The store of this name that serves this keyspace.
+    fn store(&self, uid: &str, name: &str) -> Option<&Store> {
+        let find = |only: &str| self.stores.get(&(only.to_owned(), name.to_owned()));
+        find(uid).or_else(|| find(""))
     }
 }
 
 /// The store, if this stream speaks for it.
-fn speaker<'a>(stores: &'a mut BTreeMap<String, Store>, name: &str, id: u64) -> Result<&'a mut Store, Status> {
-    stores
-        .get_mut(name)
-        .filter(|s| s.stream == Some(id))
-        .ok_or_else(|| Status::aborted(format!("another stream speaks for {name} now; this one has been given up")))
+fn speaker<'a>(stores: &'a mut BTreeMap<StoreKey, Store>, key: &StoreKey, id: u64) -> Result<&'a mut Store, Status> {
+    stores.get_mut(key).filter(|s| s.stream == Some(id)).ok_or_else(|| {
+        Status::aborted(format!("another stream speaks for {} now; this one has been given up", key.1))
+    })
 }

@@ -13,7 +13,8 @@ use vasto_client::v1::{
 };
 use vasto_crds::{Keyspace, parse};
 
-use crate::local::{Change, Handle, Refusal, Resources};
+use crate::edit::{Change, Refusal};
+use crate::local::{Handle, Resources};
 
 /// The service, for a tonic server.
 pub(crate) struct KeyspacesService {

@@ -3,12 +3,10 @@
 //! gRPC or by editing a file.
 
 mod driver;
-mod edit;
 mod file;
 mod folder;
 mod handle;
 mod runner;
-mod status;
 #[cfg(test)]
 mod tests;
 
@@ -28,7 +26,6 @@ use vasto_client::env::Env;
 use vasto_client::v1::keyspaces_server::KeyspacesServer;
 use vasto_crds::Keyspace;
 
-pub(crate) use edit::{Change, Refusal};
 pub use folder::Error as FolderError;
 pub(crate) use handle::{Handle, Resources};
 pub use runner::{BoxError, External, StoreRunner};

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use vasto_client::env::Env;
+use vasto_client::v1::Disk;
 
 /// The layout that this version writes; it reads no newer one.
 const FORMAT: u32 = 1;
@@ -129,24 +130,29 @@ pub fn write_durably(path: &Path, content: &[u8]) -> io::Result<()> {
     }
 }
 
-/// Says whether the disk of `path` has room for more writes; looks at most each 100 ms.
+/// The disk of `path`; `None` where it can't be told.
+pub fn disk(path: &Path) -> Option<Disk> {
+    let disk = nix::sys::statvfs::statvfs(path).ok()?;
+    let bytes = |blocks: u64| blocks * disk.fragment_size();
+    Some(Disk { size_bytes: bytes(disk.blocks()), free_bytes: bytes(disk.blocks_available()) })
+}
+
+/// Whether a disk has room for more writes.
 ///
 /// Writes stop while there still is room for what RocksDB itself must write
 /// (memtables, compactions), so that it never meets the end of the disk.
+pub fn has_room(disk: &Disk) -> bool {
+    disk.free_bytes > (64 << 20).min(disk.size_bytes / 3)
+}
+
+/// Says whether the disk of `path` has room for more writes; looks at most each 100 ms.
 pub fn disk_watch(path: PathBuf, env: Env) -> impl FnMut() -> bool + Send {
     let (mut looked, mut free) = (0, true);
     move || {
         let now = env.now_ms();
         if now.abs_diff(looked) >= 100 {
             looked = now;
-            free = match nix::sys::statvfs::statvfs(&path) {
-                Ok(disk) => {
-                    let available = disk.blocks_available() * disk.fragment_size();
-                    let size = disk.blocks() * disk.fragment_size();
-                    available > (64 << 20).min(size / 3)
-                }
-                Err(_) => true,
-            };
+            free = disk(&path).is_none_or(|disk| has_room(&disk));
         }
         free
     }

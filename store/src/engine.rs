@@ -68,6 +68,28 @@ impl Shared {
             write_buffers: WriteBufferManager::new_write_buffer_manager(write_buffer_bytes, false),
         }
     }
+
+    /// Bytes of the block cache: all, and those in use at this moment.
+    pub fn cache_bytes(&self) -> (u64, u64) {
+        (self.cache.get_usage() as u64, self.cache.get_pinned_usage() as u64)
+    }
+}
+
+/// What RocksDB says of itself, for metrics.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Memtables, those that are being flushed included.
+    pub memtable_bytes: u64,
+    /// Sorted files in use.
+    pub sst_bytes: u64,
+    /// What compaction still has to rewrite, estimated.
+    pub pending_compaction_bytes: u64,
+    /// Files of level 0: many slow writes down.
+    pub l0_files: u64,
+    /// Compactions under way.
+    pub running_compactions: u64,
+    /// Flushes under way.
+    pub running_flushes: u64,
 }
 
 /// What compaction may drop, decided elsewhere and read at each row.
@@ -410,6 +432,23 @@ impl Engine {
         let cf = self.cf(RECORDS);
         let int = |name: &str| self.db.property_int_value_cf(cf, name).ok().flatten().unwrap_or(0);
         (int("rocksdb.estimate-num-keys"), int("rocksdb.live-sst-files-size") + int("rocksdb.cur-size-all-mem-tables"))
+    }
+
+    /// What RocksDB says of itself, over all column families.
+    pub fn usage(&self) -> Usage {
+        let families = [RECORDS, CHANGES, META].map(|name| self.cf(name));
+        let sum = |property: &str| -> u64 {
+            families.iter().filter_map(|cf| self.db.property_int_value_cf(*cf, property).ok().flatten()).sum()
+        };
+        let whole = |property: &str| self.db.property_int_value(property).ok().flatten().unwrap_or(0);
+        Usage {
+            memtable_bytes: sum("rocksdb.cur-size-all-mem-tables"),
+            sst_bytes: sum("rocksdb.live-sst-files-size"),
+            pending_compaction_bytes: sum("rocksdb.estimate-pending-compaction-bytes"),
+            l0_files: sum("rocksdb.num-files-at-level0"),
+            running_compactions: whole("rocksdb.num-running-compactions"),
+            running_flushes: whole("rocksdb.num-running-flushes"),
+        }
     }
 
     /// Stops background work, before the files are deleted.

@@ -144,6 +144,7 @@ pub async fn serve(
     out: mpsc::Sender<Result<FollowResponse, Status>>,
 ) {
     let follower = start.follower;
+    let _connected = replica.progress.connected(follower);
     let confirms = replica.clone();
     let listen = async move {
         while let Some(Ok(request)) = requests.next().await {

@@ -3,42 +3,65 @@
 //! reported as a whole.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, RwLock};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, RwLock};
 use std::time::Duration;
 
 use tokio::sync::Notify;
 use vasto_client::v1::peer_client::PeerClient;
-use vasto_client::v1::{KeyspaceReport, KeyspaceUpdate, LearnRequest, ReplicaReport, StoreReport};
+use vasto_client::v1::{Disk, KeyspaceReport, KeyspaceUpdate, LearnRequest, ReplicaReport, StoreReport};
 
-use crate::dir::Dir;
+use crate::dir::{self, Dir};
 use crate::keyspace::Keyspace;
-use crate::replica::Context;
+use crate::replica::{Context, Replica};
+
+/// The disk is looked at this often at most.
+const DISK_MS: u64 = 1_000;
 
 /// The store as a whole.
 pub struct Host {
     name: String,
     address: String,
     incarnation: u64,
+    /// The uid of the one keyspace that it serves; `None`: any.
+    only: Option<String>,
+    /// Uids of others that have folders here all the same: neither served nor deleted.
+    foreign: Vec<String>,
     dir: Arc<Dir>,
     context: Context,
+    /// When the disk was looked at, and what was seen.
+    disk: Mutex<(u64, Option<Disk>)>,
+    /// An operator has taken a report since the process started.
+    reported: AtomicBool,
+    /// One takes them now.
+    connected: AtomicBool,
+    leaving: AtomicBool,
     keyspaces: RwLock<BTreeMap<String, Arc<Keyspace>>>,
     /// Folders that can't be read, with the reason: reported, so that nobody takes the store for empty.
     unopened: Vec<(String, String)>,
 }
 
 impl Host {
-    /// Opens every keyspace that the data folder holds.
-    pub fn open(name: &str, address: String, dir: Dir, context: Context) -> Arc<Self> {
+    /// Opens every keyspace that the data folder holds; with `only`, none but that one.
+    pub fn open(name: &str, only: Option<&str>, address: String, dir: Dir, context: Context) -> Arc<Self> {
         let dir = Arc::new(dir);
         let mut keyspaces = BTreeMap::new();
         let mut unopened = Vec::new();
-        for entry in std::fs::read_dir(dir.keyspaces()).into_iter().flatten().flatten() {
-            let Ok(uid) = entry.file_name().into_string() else { continue };
-            if uid.contains('.') {
-                // Retained after a deletion, or a file half written.
-                continue;
-            }
-            match Keyspace::open(name, dir.clone(), context.clone(), &uid) {
+        let entries = std::fs::read_dir(dir.keyspaces()).into_iter().flatten().flatten();
+        let names = entries.filter_map(|entry| entry.file_name().into_string().ok());
+        // With a dot: retained after a deletion, or a file half written.
+        let (own, foreign): (Vec<_>, Vec<_>) =
+            names.filter(|uid| !uid.contains('.')).partition(|uid| only.is_none_or(|only| only == uid));
+        if let Some(only) = only.filter(|_| !foreign.is_empty()) {
+            tracing::error!(
+                ?foreign,
+                only,
+                folder = %dir.keyspaces().display(),
+                "the data folder holds another keyspace's data: it is neither served nor deleted, and nothing new is made beside it"
+            );
+        }
+        for uid in own {
+            match Keyspace::open(name, dir.clone(), context.clone(), &uid, !foreign.is_empty()) {
                 Ok(keyspace) => {
                     keyspaces.insert(uid, keyspace);
                 }
@@ -53,20 +76,58 @@ impl Host {
             name: name.to_owned(),
             address,
             incarnation,
+            only: only.map(str::to_owned),
+            foreign,
             dir,
             context,
+            disk: Mutex::new((0, None)),
+            reported: AtomicBool::new(false),
+            connected: AtomicBool::new(false),
+            leaving: AtomicBool::new(false),
             keyspaces: RwLock::new(keyspaces),
             unopened,
         })
     }
 
-    fn all(&self) -> Vec<Arc<Keyspace>> {
+    /// All keyspaces here.
+    pub fn all(&self) -> Vec<Arc<Keyspace>> {
         self.keyspaces.read().unwrap_or_else(std::sync::PoisonError::into_inner).values().cloned().collect()
     }
 
     /// A keyspace by its uid.
     pub fn keyspace(&self, uid: &str) -> Option<Arc<Keyspace>> {
         self.keyspaces.read().unwrap_or_else(std::sync::PoisonError::into_inner).get(uid).cloned()
+    }
+
+    /// All open replicas.
+    pub fn replicas(&self) -> Vec<Arc<Replica>> {
+        self.all().iter().flat_map(|k| k.replicas()).collect()
+    }
+
+    /// From here on writes are refused, since the store is stopping.
+    pub fn leave(&self) {
+        self.leaving.store(true, Ordering::Release);
+    }
+
+    /// Whether writes are refused, since the store is stopping.
+    pub fn is_leaving(&self) -> bool {
+        self.leaving.load(Ordering::Acquire)
+    }
+
+    /// Whether an operator takes reports now.
+    pub fn set_connected(&self, connected: bool) {
+        self.connected.store(connected, Ordering::Release);
+        self.reported.fetch_or(connected, Ordering::AcqRel);
+    }
+
+    /// As last set.
+    pub fn is_connected(&self) -> bool {
+        self.connected.load(Ordering::Acquire)
+    }
+
+    /// Bytes of the block cache: all, and those in use at this moment.
+    pub fn cache_bytes(&self) -> (u64, u64) {
+        self.context.shared.cache_bytes()
     }
 
     /// Rung when something that is reported has changed.
@@ -84,6 +145,13 @@ impl Host {
     /// Takes in what the operator says of one keyspace.
     pub async fn install(&self, update: KeyspaceUpdate) {
         let Some((uid, version)) = update.topology.as_ref().map(|t| (t.uid.clone(), t.version)) else { return };
+        if let Some(only) = self.only.as_ref().filter(|only| **only != uid) {
+            tracing::warn!(uid, only, "ignoring the topology of a keyspace that is not this store's");
+            return;
+        }
+        if !self.foreign.is_empty() {
+            return;
+        }
         if self.unopened.iter().any(|(unopened, _)| *unopened == uid) {
             return;
         }
@@ -105,13 +173,59 @@ impl Host {
 
     /// The store's whole state.
     pub fn report(&self) -> StoreReport {
+        let disk = self.disk();
+        let mut keyspaces: Vec<KeyspaceReport> =
+            self.all().iter().map(|k| k.report()).chain(self.unopened()).collect();
+        if let Some(disk) = &disk {
+            // A writer that has nothing to write doesn't look.
+            let full = !dir::has_room(disk);
+            keyspaces.iter_mut().flat_map(|k| &mut k.replicas).filter(|r| r.born).for_each(|r| r.full = full);
+        }
         StoreReport {
             store: self.name.clone(),
             address: self.address.clone(),
             incarnation: self.incarnation,
-            keyspaces: self.all().iter().map(|k| k.report()).chain(self.unopened()).collect(),
+            keyspaces,
             stopping: false,
+            only: self.only.clone().unwrap_or_default(),
+            disk,
+            foreign: self.foreign.clone(),
         }
+    }
+
+    /// The data folder's disk, as seen within the last second.
+    pub fn disk(&self) -> Option<Disk> {
+        let now = self.context.env.now_ms();
+        let mut seen = self.disk.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if seen.1.is_none() || now.abs_diff(seen.0) >= DISK_MS {
+            *seen = (now, dir::disk(&self.dir.keyspaces()));
+        }
+        seen.1
+    }
+
+    /// Whether the store serves all that it is assigned; if not, why.
+    pub fn ready(&self) -> Result<(), String> {
+        if self.is_leaving() {
+            return Err("the store is stopping".to_owned());
+        }
+        if !self.foreign.is_empty() {
+            let (foreign, folder) = (self.foreign.join(", "), self.dir.keyspaces());
+            return Err(format!(
+                "{} holds data of another keyspace (uid {foreign}), and this store serves only {}: move it away, or give the store an empty volume",
+                folder.display(),
+                self.only.as_deref().unwrap_or_default()
+            ));
+        }
+        if let Some((uid, why)) = self.unopened.first() {
+            return Err(format!("keyspace {uid} can't be opened: {why}"));
+        }
+        let keyspaces = self.all();
+        keyspaces.iter().try_for_each(|k| k.ready())?;
+        let knows = keyspaces.iter().any(|k| k.version() > 0);
+        if !knows && !self.reported.load(Ordering::Acquire) {
+            return Err("the store has never heard of any topology, and has not reached an operator yet".to_owned());
+        }
+        Ok(())
     }
 
     fn unopened(&self) -> impl Iterator<Item = KeyspaceReport> {
@@ -133,7 +247,7 @@ impl Host {
     pub async fn learn_from_peers(self: Arc<Self>) {
         loop {
             tokio::time::sleep(self.context.env.jitter(Duration::from_millis(500))).await;
-            for keyspace in self.all().into_iter().filter(|k| !k.is_confirmed()) {
+            for keyspace in self.all().into_iter().filter(|k| !k.is_confirmed() && self.foreign.is_empty()) {
                 self.learn(&keyspace).await;
             }
         }

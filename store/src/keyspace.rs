@@ -80,6 +80,9 @@ pub struct Keyspace {
     members: RwLock<BTreeMap<u64, Member>>,
     /// Whether the operator (or a majority of peers) has said what is current since this process started.
     confirmed: AtomicBool,
+    /// Other keyspaces' data lies beside it, so that somebody has mixed up volumes: it serves what
+    /// it has as it was left, takes in no topology, makes nothing, and is never confirmed.
+    frozen: bool,
     stop: CancellationToken,
     gone: AtomicBool,
 }
@@ -87,7 +90,11 @@ pub struct Keyspace {
 impl Keyspace {
     /// A keyspace of which this store hears for the first time.
     pub fn create(store: &str, dir: Arc<Dir>, context: Context, uid: &str) -> Arc<Self> {
-        Arc::new(Self {
+        Arc::new(Self::new(store, dir, context, uid, false))
+    }
+
+    fn new(store: &str, dir: Arc<Dir>, context: Context, uid: &str, frozen: bool) -> Self {
+        Self {
             uid: uid.to_owned(),
             store: store.to_owned(),
             dir,
@@ -98,14 +105,21 @@ impl Keyspace {
             members: RwLock::default(),
             // It has accepted nothing under any older version.
             confirmed: AtomicBool::new(true),
+            frozen,
             stop: CancellationToken::new(),
             gone: AtomicBool::new(false),
-        })
+        }
     }
 
     /// A keyspace as this store left it: the topology that it had persisted, and its replicas.
-    pub fn open(store: &str, dir: Arc<Dir>, context: Context, uid: &str) -> Result<Arc<Self>, Error> {
-        let keyspace = Self::create(store, dir, context, uid);
+    pub fn open(
+        store: &str,
+        dir: Arc<Dir>,
+        context: Context,
+        uid: &str,
+        frozen: bool,
+    ) -> Result<Arc<Self>, Error> {
+        let keyspace = Arc::new(Self::new(store, dir, context, uid, frozen));
         keyspace.confirmed.store(false, Ordering::Release);
         let path = keyspace.file();
         let fail = |why: String| Error { path: path.clone(), why };
@@ -180,7 +194,7 @@ impl Keyspace {
     }
     /// Somebody who knows has said that nothing newer than `version` is committed.
     pub fn confirm(&self, version: u64) {
-        if version >= self.version() {
+        if version >= self.version() && !self.frozen {
             self.confirmed.store(true, Ordering::Release);
         }
     }
@@ -262,6 +276,9 @@ impl Keyspace {
     /// for that), then acts on it. Older versions are refused, so that a deposed
     /// leader does no harm; the same version may bring new addresses.
     pub async fn install(self: &Arc<Self>, update: KeyspaceUpdate) {
+        if self.frozen {
+            return;
+        }
         let _turn = self.installing.lock().await;
         let Some(topology) = update.topology.clone() else { return };
         let known = self.update();
@@ -363,7 +380,9 @@ impl Keyspace {
         for replica in self.replicas() {
             replica.install(topology.clone()).await;
         }
-        self.reconcile(&topology).await;
+        if !self.frozen {
+            self.reconcile(&topology).await;
+        }
     }
 
     fn with_member(&self, id: u64, act: impl FnOnce(&Member)) {
@@ -539,6 +558,44 @@ impl Keyspace {
         }
         self.gone.store(true, Ordering::Release);
         self.context.changed.notify_one();
+    }
+
+    /// The name that people know it by; the uid until a topology has said.
+    pub fn name(&self) -> String {
+        let name = self.with_topology(|t| t.name.clone()).unwrap_or_default();
+        if name.is_empty() { self.uid.clone() } else { name }
+    }
+
+    /// Whether it serves here all that the topology's `current` view assigns to this store; if not, why.
+    pub fn ready(&self) -> Result<(), String> {
+        let update = self.update.borrow().clone();
+        let Some(topology) = update.topology.as_ref().filter(|t| t.phase() != Phase::Deleting) else { return Ok(()) };
+        let mut assigned = false;
+        let places = topology.current.iter().flat_map(View::places);
+        for place in places.filter(|p| p.assignment.store == self.store && p.assignment.replica != 0) {
+            assigned = true;
+            let members = self.members();
+            let trouble = match members.get(&place.assignment.replica).map(|m| &m.slot) {
+                Some(Slot::Open(replica)) if place.assignment.serving => {
+                    replica.progress.fault().map(|_| replica.progress.fault_text())
+                }
+                Some(Slot::Open(_)) => None,
+                Some(Slot::Building(_)) => Some("its replica is still being built".to_owned()),
+                Some(Slot::Broken { fault, .. }) => Some(format!("its replica can't be opened: {fault}")),
+                None => Some(format!("its replica {:016x} is not here", place.assignment.replica)),
+            };
+            if let Some(trouble) = trouble {
+                return Err(format!("keyspace {}, shard {}: {trouble}", self.name(), place.shard));
+            }
+        }
+        if assigned && !self.is_confirmed() {
+            let version = topology.version;
+            return Err(format!(
+                "keyspace {} waits to learn whether topology version {version} is the current one",
+                self.name()
+            ));
+        }
+        Ok(())
     }
 
     /// Stops everything cleanly.

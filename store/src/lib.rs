@@ -15,7 +15,9 @@ mod engine;
 mod follow;
 mod host;
 mod keyspace;
+mod leave;
 mod meta;
+mod metrics;
 mod replica;
 mod report;
 mod server;
@@ -35,6 +37,8 @@ use tokio_util::sync::CancellationToken;
 use vasto_client::env::Env;
 use vasto_client::v1::{peer_server::PeerServer, store_server::StoreServer};
 
+pub use metrics::Monitor;
+
 /// No message is larger, either way.
 pub(crate) const MESSAGE_LIMIT: usize = 16 << 20;
 
@@ -49,6 +53,10 @@ pub struct Options {
     pub operator: String,
     /// `host:port` by which others reach it; the listener's own address where unset.
     pub advertise: Option<String>,
+    /// The uid of the one keyspace that it serves, on a volume of that keyspace; any where unset.
+    pub only: Option<String>,
+    /// Tells whether it is ready, and what it does.
+    pub monitor: Monitor,
     /// Bytes of block cache for all replicas together.
     pub cache_bytes: usize,
     /// Bytes of memtables for all replicas together.
@@ -63,6 +71,8 @@ impl Options {
             data: data.into(),
             operator: operator.into(),
             advertise: None,
+            only: None,
+            monitor: Monitor::new(),
             cache_bytes: 64 << 20,
             write_buffer_bytes: 128 << 20,
         }
@@ -83,7 +93,7 @@ pub enum Error {
     Serve(#[from] tonic::transport::Error),
 }
 
-/// Runs a store until `stop`, then stops it cleanly.
+/// Runs a store until `stop`; then hands on what only it may have, and stops cleanly.
 ///
 /// A folder that is in use, of a newer format, another store's or not writable
 /// is an error before anything is served.
@@ -98,13 +108,16 @@ pub async fn serve(options: Options, env: Env, listener: TcpListener, stop: Canc
         env: env.clone(),
         changed: Arc::new(tokio::sync::Notify::new()),
     };
-    let host = host::Host::open(&options.name, address.clone(), dir, context);
+    let host = host::Host::open(&options.name, options.only.as_deref(), address.clone(), dir, context);
     tracing::info!(store = options.name, address, data = %options.data.display(), "serving");
     host.resume().await;
+    options.monitor.watch(&host);
 
-    let reporting = tokio::spawn(report::run(host.clone(), env.clone(), options.operator, stop.clone()));
+    // It reports, answers and follows on while it hands over.
+    let leave = CancellationToken::new();
+    let reporting = tokio::spawn(report::run(host.clone(), env.clone(), options.operator, leave.clone()));
     let learning = tokio_util::task::AbortOnDropHandle::new(tokio::spawn(host.clone().learn_from_peers()));
-    let server = server::Server::new(host.clone(), env);
+    let server = server::Server::new(host.clone(), env, options.monitor.counts());
     let serving = tonic::transport::Server::builder()
         .tcp_nodelay(true)
         .initial_stream_window_size(4 << 20)
@@ -121,11 +134,17 @@ pub async fn serve(options: Options, env: Env, listener: TcpListener, stop: Canc
         )
         .serve_with_incoming(TcpListenerStream::new(listener));
     // Streams are endless, so a graceful end would wait for ever: connections are cut.
+    let handed_over = async {
+        stop.cancelled().await;
+        leave::hand_over(&host).await;
+    };
     let served = tokio::select! {
         served = serving => served.map_err(Error::from),
-        () = stop.cancelled() => Ok(()),
+        () = handed_over => Ok(()),
     };
     stop.cancel();
+    host.leave();
+    leave.cancel();
     drop(learning);
     let _ = reporting.await;
     host.stop().await;

@@ -99,6 +99,8 @@ struct State {
     synced: HashMap<u64, Position>,
     /// By the followers of this replica, in its own seqs.
     confirmed_by: HashMap<u64, u64>,
+    /// How many open `Follow` streams each follower has here.
+    following: HashMap<u64, usize>,
     sources: HashMap<u64, SourceProgress>,
     fence: Fence,
     cleaned: u64,
@@ -111,6 +113,8 @@ pub struct Progress {
     state: Mutex<State>,
     last_seq: watch::Sender<u64>,
     synced: watch::Sender<u64>,
+    /// Rings when a follower has confirmed more, or has gone.
+    heard: watch::Sender<()>,
     synced_seq: AtomicU64,
     clock: AtomicU64,
     horizon: AtomicU64,
@@ -262,10 +266,32 @@ impl Progress {
         let mut state = self.state();
         let confirmed = state.confirmed_by.entry(follower).or_default();
         *confirmed = (*confirmed).max(seq);
+        drop(state);
+        self.heard.send_replace(());
     }
     /// What this follower has confirmed in this life of the process.
     pub fn confirmed_by(&self, follower: u64) -> Option<u64> {
         self.state().confirmed_by.get(&follower).copied()
+    }
+    /// This follower has an open `Follow` stream, until the guard goes.
+    pub fn connected(self: &Arc<Self>, follower: u64) -> Connected {
+        *self.state().following.entry(follower).or_default() += 1;
+        Connected { progress: self.clone(), follower }
+    }
+    /// The followers with an open stream that have not confirmed all up to `seq`.
+    pub fn behind(&self, seq: u64) -> Vec<u64> {
+        let state = self.state();
+        let confirmed = |follower: &u64| state.confirmed_by.get(follower).copied().unwrap_or(0);
+        state.following.keys().filter(|f| confirmed(f) < seq).copied().collect()
+    }
+    /// Waits until every follower has confirmed all up to `seq`, or has gone.
+    pub async fn handed_on(&self, seq: u64) {
+        let mut heard = self.heard.subscribe();
+        while !self.behind(seq).is_empty() {
+            if heard.changed().await.is_err() {
+                return;
+            }
+        }
     }
     /// Changes what is reported of a source.
     pub fn update_source(&self, source: u64, change: impl FnOnce(&mut SourceProgress)) {
@@ -287,6 +313,26 @@ impl Progress {
     /// As `fault`, as a sentence.
     pub fn fault_text(&self) -> String {
         format!("this replica takes no more writes since one failed: {}", self.fault().unwrap_or("unknown"))
+    }
+}
+
+/// A follower's open `Follow` stream.
+pub struct Connected {
+    progress: Arc<Progress>,
+    follower: u64,
+}
+
+impl Drop for Connected {
+    fn drop(&mut self) {
+        let mut state = self.progress.state();
+        if let Some(streams) = state.following.get_mut(&self.follower) {
+            *streams -= 1;
+            if *streams == 0 {
+                state.following.remove(&self.follower);
+            }
+        }
+        drop(state);
+        self.progress.heard.send_replace(());
     }
 }
 
@@ -392,12 +438,14 @@ impl Replica {
                 fence: found.fence,
                 cleaned: found.cleaned,
                 confirmed_by: HashMap::new(),
+                following: HashMap::new(),
                 sources: HashMap::new(),
                 todo: 0,
                 taken_over: BTreeSet::new(),
             }),
             last_seq: watch::Sender::new(seq),
             synced: watch::Sender::new(0),
+            heard: watch::Sender::new(()),
             synced_seq: AtomicU64::new(seq),
             clock: AtomicU64::new(found.clock),
             horizon: AtomicU64::new(found.horizon),
@@ -533,6 +581,12 @@ impl Replica {
                 self.progress.poison(error.to_string());
             }
         }
+    }
+
+    /// Takes no more clients' writes; returns the last seq that there is once those before are done.
+    pub async fn refuse_writes(&self) -> u64 {
+        self.ask(Command::Refuse).await;
+        self.progress.last_seq()
     }
 
     /// Stops the writer cleanly.

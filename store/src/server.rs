@@ -8,6 +8,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures::{Stream, StreamExt};
 use tokio::sync::{Semaphore, mpsc};
+use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 use vasto_client::env::Env;
@@ -24,6 +25,7 @@ use crate::follow;
 use crate::host::Host;
 use crate::keyspace::{Keyspace, readable};
 use crate::merge::{Limits, LocalOp};
+use crate::metrics::{Counts, Ending, Operation as Kind, Part, Tally};
 use crate::record::{Content, Record, Stamp, View, glance};
 use crate::replica::Replica;
 use crate::snapshot;
@@ -43,14 +45,15 @@ const PAGE_ROWS: usize = 2_000;
 pub struct Server {
     host: Arc<Host>,
     env: Env,
+    counts: Arc<Counts>,
 }
 
 type Out<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 impl Server {
     /// Serves what the host holds.
-    pub fn new(host: Arc<Host>, env: Env) -> Self {
-        Self { host, env }
+    pub fn new(host: Arc<Host>, env: Env, counts: Arc<Counts>) -> Self {
+        Self { host, env, counts }
     }
 
     fn keyspace(&self, uid: &str) -> Result<Arc<Keyspace>, Status> {
@@ -66,11 +69,13 @@ impl Server {
     }
 
     /// Answers one message: writes go to their replicas' writers, reads to a blocking thread, both at once.
-    async fn answer(&self, batch: Batch) -> Vec<Answer> {
+    pub async fn answer(&self, batch: Batch) -> Vec<Answer> {
         let mut work: BTreeMap<(String, u64), Work> = BTreeMap::new();
         let mut answers = Vec::with_capacity(batch.operations.len());
+        let mut refused = Tally::default();
         for operation in batch.operations {
             let id = operation.id;
+            let kind = operation.kind.as_ref().map(Kind::of);
             match self.place(operation) {
                 Ok((keyspace, replica, placed)) => {
                     let work = work.entry((keyspace.uid().to_owned(), replica.id)).or_insert_with(|| Work {
@@ -82,17 +87,23 @@ impl Server {
                     });
                     match placed {
                         Placed::Read { key, hash } => work.reads.push((id, key, hash)),
-                        Placed::Write(write) => {
-                            work.ids.push(id);
+                        Placed::Write(kind, write) => {
+                            work.ids.push((id, kind));
                             work.writes.push(write);
                         }
                     }
                 }
-                Err(failure) => answers.push(Answer { id, result: Some(answer::Result::Failure(*failure)) }),
+                Err(failure) => {
+                    if let Some(kind) = kind {
+                        refused.add(kind, Ending::of(failure.code()));
+                    }
+                    answers.push(Answer { id, result: Some(answer::Result::Failure(*failure)) });
+                }
             }
         }
+        self.counts.add(&refused);
         let now = self.env.now_ms();
-        let done = futures::future::join_all(work.into_values().map(|w| w.run(now))).await;
+        let done = futures::future::join_all(work.into_values().map(|w| w.run(now, &self.counts))).await;
         answers.extend(done.into_iter().flatten());
         answers
     }
@@ -118,58 +129,81 @@ impl Server {
             let message = "the operation has no kind: say get, put, delete, merge or append";
             return Err(failure(FailureCode::Invalid, message, None));
         };
+        let asked = Kind::of(&kind);
         let op = match LocalOp::from_wire(kind, hash) {
             Ok(None) => return Ok((keyspace, replica, Placed::Read { key, hash })),
             Ok(Some(op)) => op,
             Err(refusal) => return Err(failure(refusal.code(), refusal.to_string(), None)),
         };
+        if self.host.is_leaving() {
+            let refused = Refused::leaving();
+            return Err(failure(refused.code, refused.message, None));
+        }
         if !keyspace.is_confirmed() {
             let message = "the store has restarted and waits to learn the current topology";
             return Err(failure(FailureCode::NotReady, message, None));
         }
-        Ok((keyspace, replica, Placed::Write(LocalWrite { key, op, after, named_partition })))
+        Ok((keyspace, replica, Placed::Write(asked, LocalWrite { key, op, after, named_partition })))
     }
 }
 
 enum Placed {
     Read { key: Bytes, hash: u64 },
-    Write(LocalWrite),
+    Write(Kind, LocalWrite),
 }
 
 struct Work {
     keyspace: Arc<Keyspace>,
     replica: Arc<Replica>,
     reads: Vec<(u64, Bytes, u64)>,
-    ids: Vec<u64>,
+    /// Of the writes, in their order.
+    ids: Vec<(u64, Kind)>,
     writes: Vec<LocalWrite>,
 }
 
 impl Work {
-    async fn run(self, now: u64) -> Vec<Answer> {
+    async fn run(self, now: u64, counts: &Counts) -> Vec<Answer> {
         let Self { keyspace, replica, reads, ids, writes } = self;
         let reading = async {
             if reads.is_empty() {
                 return Vec::new();
             }
+            let begin = Instant::now();
             let from = replica.clone();
             let ids: Vec<u64> = reads.iter().map(|(id, ..)| *id).collect();
             let read = tokio::task::spawn_blocking(move || {
                 reads.into_iter().map(|(id, key, hash)| read(&from, id, &key, hash, now)).collect::<Vec<_>>()
             });
-            read.await.unwrap_or_else(|_| {
+            let answers = read.await.unwrap_or_else(|_| {
                 ids.into_iter().map(|id| failed(id, failure(FailureCode::Internal, "the read failed", None))).collect()
-            })
+            });
+            counts.took(Part::Read, begin.elapsed());
+            answers
         };
         let writing = async {
             if writes.is_empty() {
                 return Vec::new();
             }
+            let begin = Instant::now();
             let results = replica.write(writes).await;
-            ids.into_iter().zip(results).map(|(id, result)| written(&keyspace, &replica, id, result)).collect()
+            counts.took(Part::Write, begin.elapsed());
+            let answers = results.into_iter().zip(&ids).map(|(result, (id, _))| written(&keyspace, &replica, *id, result));
+            answers.collect()
         };
         let (mut answers, more): (Vec<Answer>, Vec<Answer>) = tokio::join!(reading, writing);
+        let mut tally = Tally::default();
+        answers.iter().for_each(|answer| tally.add(Kind::Get, ending(answer)));
+        more.iter().zip(&ids).for_each(|(answer, (_, kind))| tally.add(*kind, ending(answer)));
+        counts.add(&tally);
         answers.extend(more);
         answers
+    }
+}
+
+fn ending(answer: &Answer) -> Ending {
+    match &answer.result {
+        Some(answer::Result::Failure(failure)) => Ending::of(failure.code()),
+        _ => Ending::Ok,
     }
 }
 
@@ -272,9 +306,13 @@ impl store_server::Store for Server {
         let request = request.into_inner();
         let (send, receive) = mpsc::channel(4);
         let keyspace = self.host.keyspace(&request.keyspace);
-        let env = self.env.clone();
+        let (env, counts) = (self.env.clone(), self.counts.clone());
         tokio::spawn(async move {
-            if let Err(failure) = scan(keyspace, &env, request, &send).await {
+            let scanned = scan(keyspace, &env, request, &send).await;
+            let mut tally = Tally::default();
+            tally.add(Kind::Scan, scanned.as_ref().map_or_else(|failure| Ending::of(failure.code()), |()| Ending::Ok));
+            counts.add(&tally);
+            if let Err(failure) = scanned {
                 let _ = send.send(Ok(ScanResponse { entries: Vec::new(), failure: Some(*failure) })).await;
             }
         });

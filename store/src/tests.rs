@@ -2,6 +2,8 @@
 //! no stamp, seq or merge used twice whatever a crash takes, fences that outlive a restart,
 //! positions that never skip silently, tombstones that go only when all have confirmed.
 
+mod whole;
+
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};

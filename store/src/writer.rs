@@ -51,6 +51,11 @@ impl Refused {
     pub fn new(code: FailureCode, message: impl Into<String>) -> Self {
         Self { code, message: message.into() }
     }
+
+    /// The store is leaving. Not executed; another replica takes it at once.
+    pub fn leaving() -> Self {
+        Self::new(FailureCode::NotReady, "the store is stopping and takes no more writes: write to another replica")
+    }
 }
 
 /// Records from a peer, in the order of its changes (or of a snapshot).
@@ -82,6 +87,8 @@ pub enum Command {
     Horizon(u64, oneshot::Sender<Result<(), Refused>>),
     /// Lines of `changes` up to this seq are needed by nobody.
     Trim(u64),
+    /// From here on clients' writes are refused, since the store is stopping; peers' go on.
+    Refuse(oneshot::Sender<()>),
     /// A clean stop.
     Stop(oneshot::Sender<()>),
 }
@@ -102,6 +109,7 @@ pub struct Writer {
     full: bool,
     alarmed: bool,
     poisoned: bool,
+    refusing: bool,
     disk_free: Box<dyn FnMut() -> bool + Send>,
 }
 
@@ -167,6 +175,7 @@ impl Writer {
             full: false,
             alarmed: false,
             poisoned: false,
+            refusing: false,
             disk_free,
         }
     }
@@ -263,6 +272,10 @@ impl Writer {
                 batch.put_trimmed(seq);
                 pending.trimmed = Some(seq);
             }
+            Command::Refuse(done) => {
+                self.refusing = true;
+                pending.fences.push(done);
+            }
             // Handled by the caller.
             Command::Stop(_) => {}
         }
@@ -336,6 +349,9 @@ impl Writer {
     ) -> Result<Stamp, Refused> {
         if self.poisoned {
             return Err(Refused::new(FailureCode::NotReady, self.progress.fault_text()));
+        }
+        if self.refusing {
+            return Err(Refused::leaving());
         }
         if self.full {
             return Err(Refused::new(

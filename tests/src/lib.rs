@@ -3,5 +3,8 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 pub mod cluster;
+pub mod control_plane;
+pub mod fleet;
+pub mod load;
 pub mod oracle;
 pub mod packages;

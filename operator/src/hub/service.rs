@@ -90,7 +90,7 @@ impl StreamingService<StoreReport> for Report {
 
     fn call(&mut self, request: Request<Streaming<StoreReport>>) -> Self::Future {
         let answers = Reporting::begin(self.0.clone(), request.into_inner());
-        ready(Ok(Response::new(futures::stream::unfold(answers, Reporting::next).boxed())))
+        ready(answers.map(|a| Response::new(futures::stream::unfold(a, Reporting::next).boxed())))
     }
 }
 

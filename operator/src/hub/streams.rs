@@ -13,7 +13,7 @@ use tonic::{Status, Streaming};
 use vasto_client::v1::watch_response::Event;
 use vasto_client::v1::{StoreReport, WatchRequest, WatchResponse};
 
-use super::{Hub, Shown};
+use super::{Hub, Leader, Shown, StoreKey};
 
 /// The next message, or for ever nothing once the other side has closed its half.
 async fn heard<T>(inbound: &mut Option<Streaming<T>>) -> Result<Option<T>, Status> {
@@ -25,6 +25,16 @@ async fn heard<T>(inbound: &mut Option<Streaming<T>>) -> Result<Option<T>, Statu
 
 fn stopping() -> Status {
     Status::unavailable("the operator is stopping; try again")
+}
+
+/// The refusal of a report, if another operator takes reports.
+fn elsewhere(leader: &Leader) -> Option<Status> {
+    let Leader::Elsewhere(address) = leader else { return None };
+    let mut status = Status::unavailable("another operator leads: reports go there");
+    if let Some(address) = address.as_ref().and_then(|a| a.parse().ok()) {
+        status.metadata_mut().insert("vasto-leader", address);
+    }
+    Some(status)
 }
 
 /// A client's stream.
@@ -118,7 +128,8 @@ pub(super) struct Reporting {
     id: u64,
     inbound: Option<Streaming<StoreReport>>,
     /// Known from the first report.
-    store: Option<String>,
+    store: Option<StoreKey>,
+    leader: watch::Receiver<Leader>,
     changed: watch::Receiver<u64>,
     /// Uid -> the serial of what was sent last.
     sent: BTreeMap<String, u64>,
@@ -126,9 +137,12 @@ pub(super) struct Reporting {
 }
 
 impl Reporting {
-    pub(super) fn begin(hub: Hub, inbound: Streaming<StoreReport>) -> Self {
-        let (id, changed) = (hub.next_id(), hub.changes());
-        Self { hub, id, inbound: Some(inbound), store: None, changed, sent: BTreeMap::new(), ended: false }
+    pub(super) fn begin(hub: Hub, inbound: Streaming<StoreReport>) -> Result<Self, Status> {
+        let (id, changed, mut leader) = (hub.next_id(), hub.changes(), hub.leader());
+        if let Some(status) = elsewhere(&leader.borrow_and_update()) {
+            return Err(status);
+        }
+        Ok(Self { hub, id, inbound: Some(inbound), store: None, leader, changed, sent: BTreeMap::new(), ended: false })
     }
 
     /// For `stream::unfold`: the next answer.
@@ -164,6 +178,11 @@ impl Reporting {
                     // A store that reports no more is not there.
                     Ok(None) | Err(_) => return None,
                 },
+                _ = self.leader.changed() => {
+                    if let Some(status) = elsewhere(&self.leader.borrow_and_update()) {
+                        return Some(Err(status));
+                    }
+                }
                 _ = self.changed.changed() => {}
             }
         }
@@ -171,15 +190,15 @@ impl Reporting {
 
     fn take(&mut self, report: StoreReport) -> Result<(), Status> {
         match &self.store {
-            Some(name) if *name != report.store => Err(Status::invalid_argument(format!(
+            Some((only, name)) if *name != report.store || *only != report.only => Err(Status::invalid_argument(format!(
                 "this stream is {name}'s, and the report is {:?}'s: each store reports on a stream of its own",
                 report.store
             ))),
             Some(_) => self.hub.heard_from_store(self.id, report),
             None => {
-                let name = report.store.clone();
+                let key = (report.only.clone(), report.store.clone());
                 self.hub.register(self.id, report)?;
-                self.store = Some(name);
+                self.store = Some(key);
                 Ok(())
             }
         }

@@ -119,7 +119,7 @@ fn report(store: &str, incarnation: u64, keyspaces: &[(&str, u64)]) -> StoreRepo
         address: format!("{store}:{incarnation}"),
         incarnation,
         keyspaces: keyspaces.iter().map(keyspace).collect(),
-        stopping: false,
+        ..StoreReport::default()
     }
 }
 

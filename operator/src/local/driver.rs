@@ -11,15 +11,16 @@ use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 use vasto_client::env::Env;
 use vasto_client::v1::{Phase, Topology, View};
-use vasto_crds::{DeletionPolicy, Keyspace};
+use vasto_crds::Keyspace;
 
-use super::edit::{self, Change, Refusal, Standing};
-use super::folder::{self, Content, Deleted, Error, Folder};
+use super::folder::{Content, Deleted, Error, Folder};
 use super::handle::{Answer, Command, Handle, Resources};
 use super::runner::{StoreRunner, Wanted};
-use super::status::{self, Pace, Sources};
+use crate::edit::{self, Change, Refusal, Standing};
 use crate::hub::{Dirty, Hub, Seen};
-use crate::plan::{self, Observation, Outcome, Presence, ReplaceRequest, Spec};
+use crate::observe::{Expected, Watchers, observe, spec};
+use crate::plan::{self, Observation, Outcome};
+use crate::status::{self, Pace, Sources};
 
 const TICK: Duration = Duration::from_millis(500);
 /// The planner takes small steps; this many in a row are taken before anything else is looked at.
@@ -40,8 +41,8 @@ struct Entry {
     wanted: BTreeSet<String>,
     /// It is waiting for something, so each tick looks at it again.
     restless: bool,
-    /// The last switch that watchers were told of, and when.
-    shown: Option<(u64, Instant)>,
+    watchers: Watchers,
+    expected: Expected,
     pace: Pace,
     trouble: Option<String>,
 }
@@ -54,7 +55,8 @@ impl Entry {
             text: None,
             wanted: BTreeSet::new(),
             restless: true,
-            shown: None,
+            watchers: Watchers::default(),
+            expected: Expected::default(),
             pace: Pace::default(),
             trouble: None,
         }
@@ -106,7 +108,7 @@ impl Driver {
             let mut entry = Entry::new(resource);
             entry.text = entry.resource.status.as_ref().and_then(|s| s.topology.clone());
             if let Some(text) = &entry.text {
-                let topology = folder::from_text(text).map_err(|e| folder.unreadable(&name, e))?;
+                let topology = status::from_text(text).map_err(|e| folder.unreadable(&name, e))?;
                 entry.topology = Some(Arc::new(topology));
             }
             hub.claim(&name);
@@ -281,13 +283,12 @@ impl Driver {
             let trouble = self.adopt(&mut entry).await.err();
             let seen = self.hub.look(entry.resource.uid());
             let state = entry.topology.clone();
-            let outcome = plan::plan(&spec(&entry.resource), state.as_deref(), &self.observe(&entry, &seen));
+            let observation = self.observe(&mut entry, &seen);
+            let spec = spec(&entry.resource, entry.resource.name().to_owned());
+            let outcome = plan::plan(&spec, state.as_deref(), &observation);
             if let Some(state) = state.as_deref().filter(|s| outcome.publish || s.phase() == Phase::Deleting) {
                 self.hub.publish(&state.uid);
-                let told = entry.shown.map(|(version, _)| version);
-                if state.phase() == Phase::Switch && told != Some(state.switch_version) {
-                    entry.shown = Some((state.switch_version, Instant::now()));
-                }
+                entry.watchers.told(state);
             }
             entry.wanted.clone_from(&outcome.stores_wanted);
             let trouble = match outcome.next.clone().filter(|_| trouble.is_none()) {
@@ -332,41 +333,17 @@ impl Driver {
         self.commit(entry, newer).await
     }
 
-    fn observe(&self, entry: &Entry, seen: &BTreeMap<String, Seen>) -> Observation {
-        let mut observation = Observation::new(store_name);
-        let state = entry.topology.as_deref();
+    fn observe(&self, entry: &mut Entry, seen: &BTreeMap<String, Seen>) -> Observation {
         let lost_after = entry.resource.spec.store_lost_after.as_duration();
-        for (name, store) in seen {
-            let presence = match store.living {
-                true => Presence::Living(store.report.as_ref().map(|r| {
-                    let mut report = (**r).clone();
-                    // It matters to the planner only where it differs; it is large.
-                    let held = store.topology.as_ref().filter(|held| state.is_none_or(|state| ***held != *state));
-                    report.topology = held.map(|t| (**t).clone());
-                    Box::new(report)
-                })),
-                false if store.silent > lost_after => Presence::Lost,
-                false => Presence::Away,
-            };
-            observation.stores.insert(name.clone(), presence);
-            observation.heard.insert(name.clone());
-        }
-        if self.started.elapsed() > lost_after {
-            for name in state.map(Topology::stores).unwrap_or_default() {
-                observation.stores.entry(name.to_owned()).or_insert(Presence::Lost);
-            }
-        }
-        observation.watchers_behind = state.filter(|t| t.phase() == Phase::Switch).is_some_and(|t| {
-            let told = entry.shown.filter(|(version, _)| *version == t.switch_version);
-            let in_time = told.is_none_or(|(_, at)| at.elapsed() < self.fence_wait);
-            in_time && self.hub.watchers_behind(&t.name, &t.uid, t.switch_version)
-        });
+        let state = entry.topology.as_deref();
+        let mut observation = observe(state, seen, lost_after, &mut entry.expected);
+        observation.watchers_behind = entry.watchers.behind(&self.hub, state, self.fence_wait);
         observation
     }
 
     /// Makes this topology the committed one: first on disk, then for stores.
     async fn commit(&self, entry: &mut Entry, topology: Topology) -> Result<(), Error> {
-        let text = folder::to_text(&topology);
+        let text = status::to_text(&topology);
         let mut resource = (*entry.resource).clone();
         let phase = status::phase(&resource, Some(&topology));
         let status = resource.status.get_or_insert_default();
@@ -416,6 +393,7 @@ impl Driver {
             outcome,
             seen,
             trouble: entry.trouble.as_deref(),
+            findings: &[],
             now_ms: self.env.now_ms(),
         };
         let status = status::build(&sources, &mut entry.pace);
@@ -539,31 +517,8 @@ impl Driver {
     }
 }
 
-/// Stores of the local driver are shared by all keyspaces.
-fn store_name(ordinal: u32) -> String {
-    format!("store-{ordinal}")
-}
-
 /// A random UUID.
 fn fresh_id(env: &Env) -> String {
     let random = u128::from(env.random_id()) << 64 | u128::from(env.random_id());
     uuid::Builder::from_random_bytes(random.to_be_bytes()).into_uuid().to_string()
-}
-
-fn spec(keyspace: &Keyspace) -> Spec {
-    Spec {
-        name: keyspace.name().to_owned(),
-        uid: keyspace.uid().to_owned(),
-        shards: keyspace.spec.shards,
-        replication_factor: keyspace.spec.replication_factor,
-        paused: keyspace.spec.paused,
-        deleting: keyspace.metadata.deletion_timestamp.is_some(),
-        retain: keyspace.spec.deletion_policy == DeletionPolicy::Retain,
-        spec_json: keyspace.spec.to_json(),
-        replace: edit::replacement(keyspace).map(|r| ReplaceRequest {
-            store: r.store,
-            request: r.request,
-            accept_data_loss: r.accept_data_loss,
-        }),
-    }
 }

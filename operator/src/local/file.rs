@@ -9,7 +9,7 @@ use tokio_util::sync::CancellationToken;
 use vasto_crds::{Keyspace, parse};
 
 use super::Error;
-use super::edit::{Change, Refusal};
+use crate::edit::{Change, Refusal};
 use super::handle::Handle;
 
 const POLL: Duration = Duration::from_millis(500);

@@ -7,12 +7,11 @@ use std::fs::{self, File, TryLockError};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
-use base64::Engine;
-use base64::engine::general_purpose::STANDARD;
-use prost::Message;
 use serde::{Deserialize, Serialize};
 use vasto_client::v1::Topology;
 use vasto_crds::Keyspace;
+
+use crate::status::{from_text, to_text};
 
 /// The layout that this version writes; it reads no newer one.
 const FORMAT: u32 = 1;
@@ -84,17 +83,6 @@ impl Deleted {
     pub(crate) fn topology(&self) -> Result<Topology, String> {
         from_text(&self.topology)
     }
-}
-
-/// A topology as text, for a status.
-pub(crate) fn to_text(topology: &Topology) -> String {
-    STANDARD.encode(topology.encode_to_vec())
-}
-
-/// The topology that [`to_text`] wrote.
-pub(crate) fn from_text(text: &str) -> Result<Topology, String> {
-    let bytes = STANDARD.decode(text).map_err(|e| format!("the topology is not base64: {e}"))?;
-    Topology::decode(bytes.as_slice()).map_err(|e| format!("the topology can't be decoded: {e}"))
 }
 
 /// What a folder held.

@@ -8,7 +8,7 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
 use vasto_crds::Keyspace;
 
-use super::edit::{Change, Refusal};
+use crate::edit::{Change, Refusal};
 
 /// How long a look at the resources waits for stores that may bring lost ones back.
 const PATIENCE: Duration = Duration::from_secs(5);

@@ -23,7 +23,7 @@ use vasto_client::v1::{
 };
 use vasto_crds::{Keyspace, KeyspaceSpec, Phase};
 
-use super::{Error, External, Operator, Options, StoreRunner, folder};
+use super::{Error, External, Operator, Options, StoreRunner};
 use fleet::Fleet;
 
 /// An operator, its folder, and a client of it.
@@ -109,7 +109,7 @@ impl Cluster {
                     last.clone_from(&resource.json);
                     let keyspace = Keyspace::from_json(&resource.json).unwrap();
                     let text = keyspace.status.as_ref().and_then(|s| s.topology.clone());
-                    let topology = text.map(|t| folder::from_text(&t).unwrap()).unwrap_or_default();
+                    let topology = text.map(|t| crate::status::from_text(&t).unwrap()).unwrap_or_default();
                     if wanted(&keyspace, &topology) {
                         return (keyspace, topology);
                     }

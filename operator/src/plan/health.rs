@@ -1,7 +1,7 @@
 //! What is known of stores and replicas: who lives, who is gone, who is sound
 //! enough to be counted as a copy, and how far one has followed another.
 
-use vasto_client::v1::{Assignment, KeyspaceReport, ReplicaReport, Topology, View};
+use vasto_client::v1::{Assignment, KeyspaceReport, Phase, ReplicaReport, Topology, View};
 
 use super::wait::Wait;
 use super::{NEAR, Observation, Presence};
@@ -135,6 +135,22 @@ pub(super) fn caught_up(
             let source = source.assignment.store.clone();
             Wait::Behind { store: store(), replica, shard, source, lag }
         })?;
+    }
+    Ok(())
+}
+
+/// Whether any one store may be restarted now: no change is under way, and every replica serves and is near the
+/// others of its shard. Otherwise why not.
+pub fn in_sync(t: &Topology, seen: &Observation) -> Result<(), String> {
+    if t.phase() != Phase::Stable || t.replace.is_some() {
+        return Err("a change is under way".to_owned());
+    }
+    for place in t.current.iter().flat_map(View::places) {
+        let store = &place.assignment.store;
+        if seen.sound(place.assignment).is_none() {
+            return Err(format!("shard {} on {store} does not serve", place.shard));
+        }
+        caught_up(t, seen, place.shard, place.assignment, |_| true).map_err(|wait| wait.to_string())?;
     }
     Ok(())
 }

@@ -29,6 +29,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use prost::Message;
 use vasto_client::v1::{KeyspaceReport, Phase, Topology};
 
+pub use health::in_sync;
 pub use placement::{Lists, expected_share, placement};
 pub use status::{Condition, Progress};
 pub use wait::Wait;
@@ -94,14 +95,26 @@ pub struct Observation {
     /// Some watcher of this keyspace has not got `switch_version` yet, and the bound has not
     /// passed. A watcher is behind as long as it has not been told, so before [`Outcome::publish`] too.
     pub watchers_behind: bool,
+    /// The disks of living stores, where they are known.
+    pub room: BTreeMap<String, Room>,
     /// A store's name by its ordinal.
     pub store_name: fn(u32) -> String,
+}
+
+/// A store's disk, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Room {
+    /// What can still be written.
+    pub free: u64,
+    /// All of it.
+    pub size: u64,
 }
 
 impl Observation {
     /// Nothing seen yet.
     pub fn new(store_name: fn(u32) -> String) -> Self {
-        Self { stores: BTreeMap::new(), heard: BTreeSet::new(), watchers_behind: false, store_name }
+        let (stores, heard, room) = (BTreeMap::new(), BTreeSet::new(), BTreeMap::new());
+        Self { stores, heard, watchers_behind: false, room, store_name }
     }
 }
 

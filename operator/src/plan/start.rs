@@ -1,11 +1,17 @@
 //! Where changes begin: a new keyspace, and from STABLE whatever the spec wants
 //! that isn't so: more or fewer shards or replicas, a vacant place healed, a store replaced.
 
+use std::collections::BTreeMap;
+
 use vasto_client::v1::{Phase, Replace, Topology, View};
 
 use super::Call;
+use super::health::places;
 use super::placement::{self, Lists, lists, placement};
 use super::wait::Wait;
+
+/// Bytes that a store leaves free on its disk (of a small one: a third).
+const KEPT_FREE: u64 = 64 << 20;
 
 /// The first topology, once every store of its placement lives.
 pub(super) fn create(call: &mut Call<'_>) -> Option<Topology> {
@@ -55,11 +61,36 @@ pub(super) fn step(t: &mut Topology, call: &mut Call<'_>) {
     let seen = call.seen;
     let healable = |v: &View| v.places().any(|p| p.assignment.replica == 0 && seen.is_living(&p.assignment.store));
     if lists(&current) != desired || healable(&current) {
+        if let Some(wait) = without_room(&current, &desired, call) {
+            call.wait(wait);
+            return;
+        }
         t.next = Some(placement::view(&desired, &current));
         t.previous = None;
         t.clean.clear();
         t.set_phase(Phase::Prepare);
     }
+}
+
+/// The first store whose disk can't take what it would get, by what replicas report of their size. A heal
+/// is never held up: it brings a store what it had before.
+fn without_room(current: &View, desired: &Lists, call: &Call<'_>) -> Option<Wait> {
+    let seen = call.seen;
+    let bytes = |shard| places(current, shard).filter_map(|a| seen.living(a)).map(|r| r.bytes).max().unwrap_or(0);
+    let total: u64 = (0..current.size()).map(bytes).sum();
+    let (before, after) = (total / u64::from(current.size()).max(1), total / (desired.len() as u64).max(1));
+    let mut needs: BTreeMap<&str, u64> = BTreeMap::new();
+    for (shard, stores) in desired.iter().enumerate() {
+        for store in stores {
+            let stays = places(current, shard as u32).any(|a| a.store == *store);
+            *needs.entry(store).or_default() += if stays { after.saturating_sub(before) } else { after };
+        }
+    }
+    needs.into_iter().find_map(|(store, need)| {
+        let room = seen.room.get(store)?;
+        let free = room.free.saturating_sub(KEPT_FREE.min(room.size / 3));
+        (need > free).then(|| Wait::NoRoom { store: store.to_owned(), need, free })
+    })
 }
 
 /// The placement that the spec asks for.

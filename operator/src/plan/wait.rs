@@ -37,6 +37,15 @@ pub enum Wait {
         /// The store.
         store: String,
     },
+    /// A store's disk can't take what the change would bring it.
+    NoRoom {
+        /// The store.
+        store: String,
+        /// Bytes that it would get, estimated.
+        need: u64,
+        /// Bytes that it can take.
+        free: u64,
+    },
     /// A store has yet to make a replica.
     NotMade {
         /// The store.
@@ -148,6 +157,10 @@ impl fmt::Display for Wait {
                  both must be at least 1, and the factor not more than the shards"
             ),
             Self::Store { store } => write!(f, "waits for {store} to report"),
+            Self::NoRoom { store, need, free } => write!(
+                f,
+                "{store} would get about {need} bytes and has room for {free}: enlarge its volume, or ask for more shards"
+            ),
             Self::NotMade { store, shard } => write!(f, "waits for {store} to make a replica of shard {shard}"),
             Self::Away { store, shard } => write!(f, "waits for {store}, which has shard {shard} and is away"),
             Self::NotBorn { store, replica, shard } => {

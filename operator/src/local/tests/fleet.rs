@@ -205,7 +205,7 @@ impl Store {
             address: format!("{}:1", self.name),
             incarnation,
             keyspaces: keyspaces.collect(),
-            stopping: false,
+            ..StoreReport::default()
         }
     }
 }

@@ -5,12 +5,14 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 use vasto_client::v1::{Assignment, Topology, View};
-use vasto_crds::{Keyspace, KeyspaceStatus, Phase, check, time};
+use vasto_crds::{Keyspace, KeyspaceStatus, Phase, StoreState, check, time};
 
 /// What was last applied, so that a file is applied again only when it has changed.
 const LAST_APPLIED: &str = "vasto.io/last-applied";
 /// The replace that is asked for.
-const REPLACE: &str = "vasto.io/replace";
+pub(crate) const REPLACE: &str = "vasto.io/replace";
+/// The restart that is asked for.
+pub(crate) const RESTART: &str = "vasto.io/restart";
 /// The resource was lost and made anew from what stores knew; nobody has changed it since.
 const RECOVERED: &str = "vasto.io/recovered";
 
@@ -53,9 +55,15 @@ impl Change {
 
 /// Why a change was refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub(crate) enum Refusal {
+pub enum Refusal {
+    /// There is no such keyspace.
     #[error("keyspace {name:?} does not exist; {}", listed(existing))]
-    Missing { name: String, existing: Vec<String> },
+    Missing {
+        /// The name.
+        name: String,
+        /// Those that exist.
+        existing: Vec<String>,
+    },
     /// In the rules' own words.
     #[error("{0}")]
     Invalid(String),
@@ -222,12 +230,39 @@ fn follow(wanted: &Keyspace, old: &Keyspace) -> Result<Keyspace, Refusal> {
 
 /// The replace that a resource asks for.
 pub(crate) fn replacement(keyspace: &Keyspace) -> Option<Replacement> {
-    let text = annotation(keyspace, REPLACE)?;
+    let text = annotation(keyspace, REPLACE).filter(|text| text.starts_with('{'))?;
     serde_json::from_str(text)
         .inspect_err(
             |error| tracing::warn!(keyspace = keyspace.name(), %error, "the annotation {REPLACE} can't be read"),
         )
         .ok()
+}
+
+/// On Kubernetes: the annotation (key and text) that asks for a store to be emptied and filled anew; refused where
+/// that can't work as things stand by the keyspace's status. `fresh` names the request.
+pub fn replace_annotation(
+    keyspace: &Keyspace,
+    store: &str,
+    accept_data_loss: bool,
+    fresh: String,
+) -> Result<(&'static str, String), Refusal> {
+    let status = keyspace.status.clone().unwrap_or_default();
+    let topology = status.topology.as_deref().map(crate::status::from_text).transpose().map_err(Refusal::Conflict)?;
+    let living = status.stores.iter().filter(|s| matches!(s.state, Some(StoreState::Ready | StoreState::Leaving)));
+    let living = living.map(|s| s.name.clone()).collect();
+    let by = Standing { topology: topology.as_ref(), living: &living, now_ms: 0, fresh };
+    let asked = replace(keyspace, store, accept_data_loss, &by)?;
+    Ok((REPLACE, annotation(&asked, REPLACE).unwrap_or_default().to_owned()))
+}
+
+/// On Kubernetes: the annotation (key and text) that asks for the stores to be restarted, one at a time.
+pub fn restart_annotation(fresh: String) -> (&'static str, String) {
+    (RESTART, fresh)
+}
+
+/// The restart that a resource asks for last.
+pub(crate) fn restart(keyspace: &Keyspace) -> Option<&str> {
+    annotation(keyspace, RESTART)
 }
 
 /// Takes away a replace that is through.
@@ -366,7 +401,7 @@ mod tests {
         assert_eq!(second.metadata.creation_timestamp, first.metadata.creation_timestamp);
 
         let refused = change(None, &Change::Apply(wanted(2, 3)), &by(None, &nobody)).unwrap_err();
-        assert!(refused.to_string().contains("must not be more than shards, which is 2"), "{refused}");
+        assert!(refused.to_string().contains("must not be more than shards"), "{refused}");
         let mut old = wanted(5, 2);
         old.metadata.uid = Some("other".to_owned());
         let refused = change(Some(&first), &Change::Apply(old), &by(None, &nobody)).unwrap_err();

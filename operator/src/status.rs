@@ -1,15 +1,45 @@
-//! A Keyspace's status, from the committed topology, what the planner says and what
-//! stores report.
+//! A Keyspace's status, from the committed topology, what the planner says, what
+//! stores report, and what a driver has found beside that.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use prost::Message;
 use tokio::time::Instant;
 use vasto_client::v1::{self, Topology, View};
 use vasto_crds::{Keyspace, KeyspaceStatus, Phase, Progress, StoreState, StoreStatus, set_condition, time};
 
 use crate::hub::Seen;
-use crate::plan::Outcome;
+use crate::plan::{Condition, Outcome};
+
+/// A topology as text, for a status.
+pub(crate) fn to_text(topology: &Topology) -> String {
+    STANDARD.encode(topology.encode_to_vec())
+}
+
+/// The topology that [`to_text`] wrote.
+pub(crate) fn from_text(text: &str) -> Result<Topology, String> {
+    let bytes = STANDARD.decode(text).map_err(|e| format!("the topology is not base64: {e}"))?;
+    Topology::decode(bytes.as_slice()).map_err(|e| format!("the topology can't be decoded: {e}"))
+}
+
+/// The committed topology as a Keyspace's status has it; `None` where there is none yet.
+pub fn topology_of(keyspace: &Keyspace) -> Result<Option<Topology>, String> {
+    keyspace.status.as_ref().and_then(|s| s.topology.as_deref()).map(from_text).transpose()
+}
+
+/// Something that a driver has found and that needs attention.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Finding {
+    /// One word for machines, as a reason of Degraded.
+    pub(crate) reason: &'static str,
+    /// A sentence for people.
+    pub(crate) message: String,
+    /// The store that it is about.
+    pub(crate) store: Option<String>,
+}
 
 /// What a status is made from.
 pub(crate) struct Sources<'a> {
@@ -22,6 +52,7 @@ pub(crate) struct Sources<'a> {
     pub(crate) seen: &'a BTreeMap<String, Seen>,
     /// Why the operator itself can't go on, if it can't.
     pub(crate) trouble: Option<&'a str>,
+    pub(crate) findings: &'a [Finding],
     pub(crate) now_ms: u64,
 }
 
@@ -71,22 +102,45 @@ pub(crate) fn build(from: &Sources<'_>, pace: &mut Pace) -> KeyspaceStatus {
         stores: stores(from),
         topology: from.text.map(str::to_owned),
         progress: (phase != Phase::Ready).then(|| progress(from, phase, old.progress, pace)),
+        published_version: topology.filter(|_| outcome.publish).map(|t| t.version).or(old.published_version),
+        selector: old.selector,
+        image: old.image,
         ..KeyspaceStatus::default()
     };
     match current {
         Some(_) => status.set_replicas(outcome.progress.ready_replicas, outcome.progress.replicas),
         None => status.set_replicas(0, spec.shards * spec.replication_factor),
     }
+    let unheard: Vec<&str> = status.stores.iter().filter(|s| s.state == Some(StoreState::Unknown)).map(|s| s.name.as_str()).collect();
     for condition in &outcome.conditions {
-        let (mut holds, mut reason, mut message) = (condition.status, condition.reason, condition.message.clone());
-        if let (Some(trouble), "Degraded") = (from.trouble, condition.kind) {
-            (holds, reason) = (true, "OperatorFailure");
-            message = if condition.status { format!("{trouble}; {message}") } else { trouble.to_owned() };
-        }
+        let (holds, reason, message) = match condition.kind {
+            // What hasn't been seen is neither there nor gone.
+            "Ready" if !condition.status && !unheard.is_empty() && current.is_some() => {
+                (None, "NotObserved", format!("{} has not been heard yet", unheard.join(", ")))
+            }
+            "Degraded" => {
+                let (holds, reason, message) = degraded(condition, from);
+                (Some(holds), reason, message)
+            }
+            _ => (Some(condition.status), condition.reason, condition.message.clone()),
+        };
         let generation = keyspace.metadata.generation;
         set_condition(&mut status.conditions, condition.kind, holds, reason, &message, generation, now_ms);
     }
     status
+}
+
+/// Degraded by what the planner says, what the driver has found, and what keeps the operator from going on.
+fn degraded(condition: &Condition, from: &Sources<'_>) -> (bool, &'static str, String) {
+    let trouble = from.trouble.map(|trouble| ("OperatorFailure", trouble.to_owned()));
+    let planner = condition.status.then(|| (condition.reason, condition.message.clone()));
+    let findings = from.findings.iter().map(|f| (f.reason, f.message.clone()));
+    // A loss of data is worse than whatever else there is.
+    let (worst, other): (Vec<_>, Vec<_>) = planner.into_iter().partition(|(reason, _)| *reason == "DataLost");
+    let all: Vec<_> = worst.into_iter().chain(trouble).chain(findings).chain(other).collect();
+    let reason = all.first().map_or(condition.reason, |(reason, _)| *reason);
+    let message = all.iter().map(|(_, message)| message.as_str()).collect::<Vec<_>>().join("; ");
+    (!all.is_empty(), reason, message)
 }
 
 fn progress(from: &Sources<'_>, phase: Phase, old: Option<Progress>, pace: &mut Pace) -> Progress {
@@ -138,9 +192,17 @@ fn stores(from: &Sources<'_>) -> Vec<StoreStatus> {
 }
 
 fn store(name: &str, from: &Sources<'_>) -> StoreStatus {
+    let mut status = reported(name, from);
+    let found = from.findings.iter().filter(|f| f.store.as_deref() == Some(name)).map(|f| f.message.clone());
+    let all: Vec<String> = found.chain(status.message.take()).collect();
+    status.message = (!all.is_empty()).then(|| all.join("; "));
+    status
+}
+
+fn reported(name: &str, from: &Sources<'_>) -> StoreStatus {
     let lost_after = from.keyspace.spec.store_lost_after.as_duration();
     let Some(seen) = from.seen.get(name) else {
-        return StoreStatus { name: name.to_owned(), state: Some(StoreState::Away), ..StoreStatus::default() };
+        return StoreStatus { name: name.to_owned(), state: Some(StoreState::Unknown), ..StoreStatus::default() };
     };
     let stays = from.topology.is_some_and(|t| {
         let target = t.next.as_ref().or(t.current.as_ref());

@@ -1,0 +1,381 @@
+//! What is done to a keyspace's objects: made and kept as wanted, volumes enlarged,
+//! dead volumes let go, pods restarted one at a time. Each write is bound to what it
+//! was decided on.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use k8s_openapi::api::core::v1::Pod;
+use kube::runtime::reflector::Store;
+use kube::{Resource, ResourceExt};
+use serde_json::Value;
+use tokio::time::Instant;
+use vasto_client::v1::{Phase, Topology, View};
+use vasto_crds::Keyspace;
+
+use super::super::api::{Error, Object};
+use super::super::lease::Term;
+use super::super::objects::{self, Objects, Wanted};
+use super::super::pods::{self, Roll};
+use super::super::volumes::{self, Reach};
+use super::Driver;
+use super::entry::{Applied, Entry};
+use super::view::{Cluster, cached, drain_request};
+use crate::hub::Seen;
+use crate::observe::{ordinal, store_name};
+use crate::plan::{Outcome, in_sync};
+use crate::status::Finding;
+
+/// A write that somebody else's field refuses is tried again after so long.
+const CONFLICT_AGAIN: Duration = Duration::from_secs(30);
+
+/// What came of it.
+#[derive(Default)]
+pub(crate) struct Acted {
+    pub(crate) error: Option<Error>,
+    pub(crate) findings: Vec<Finding>,
+    /// What a roll-out does or waits for.
+    pub(crate) rolling: Option<String>,
+    /// This operator would give the pods another template.
+    pub(crate) outdated: bool,
+    /// The image of the stores.
+    pub(crate) image: String,
+}
+
+impl Driver {
+    /// Brings what the keyspace owns one step nearer to what is wanted.
+    pub(super) async fn act(
+        &self,
+        entry: &mut Entry,
+        outcome: &Outcome,
+        seen: &BTreeMap<String, Seen>,
+        cluster: &Cluster,
+        term: &Term,
+    ) -> Acted {
+        let image = self.image_of(entry, cluster);
+        let mut acted = Acted { findings: found(entry, seen, cluster), image, ..Acted::default() };
+        if entry.resource.spec.paused {
+            return acted;
+        }
+        let done = self.carry_out(entry, outcome, seen, cluster, term, &mut acted).await;
+        if let Err(error) = done {
+            match error.reason() {
+                reason @ ("FieldConflict" | "NameTaken" | "Former") => {
+                    let reason = if reason == "Former" { "NameTaken" } else { reason };
+                    acted.findings.insert(0, Finding { reason, message: error.to_string(), store: None });
+                }
+                _ => acted.error = Some(error),
+            }
+        }
+        acted
+    }
+
+    /// The one that was asked for, or else the one that was current when the keyspace was made.
+    fn image_of(&self, entry: &Entry, cluster: &Cluster) -> String {
+        let running = || {
+            let spec = cluster.stores.as_ref()?.spec.template.spec.as_ref()?;
+            spec.containers.iter().find(|c| c.name == "store")?.image.clone()
+        };
+        let spec = entry.resource.spec.image.clone();
+        let kept = || entry.resource.status.as_ref().and_then(|s| s.image.clone());
+        spec.or_else(kept).or_else(running).unwrap_or_else(|| self.image.clone())
+    }
+
+    async fn carry_out(
+        &self,
+        entry: &mut Entry,
+        outcome: &Outcome,
+        seen: &BTreeMap<String, Seen>,
+        cluster: &Cluster,
+        term: &Term,
+        acted: &mut Acted,
+    ) -> Result<(), Error> {
+        let keyspace = entry.resource.clone();
+        let state = entry.topology.clone();
+        let resting = state.as_ref().is_some_and(|s| s.phase() == Phase::Stable && s.replace.is_none());
+        let changing = !resting || outcome.next.is_some();
+        let live = cluster.stores.clone();
+        let has = live.as_ref().and_then(|s| s.spec.replicas).map(i32::unsigned_abs);
+        let (replicas, drop_surplus) = replicas(has, outcome, state.as_deref(), &keyspace, seen, cluster);
+        let term_number = changing.then_some(term.number);
+        let wanted = Wanted { replicas, drop_surplus, image: acted.image.clone(), term: term_number };
+        acted.outdated =
+            live.as_ref().is_some_and(|live| objects::is_outdated(&keyspace, &self.site, &acted.image, live));
+        let Objects { account, headless, client, budget, stores } =
+            objects::objects(&keyspace, &self.site, &wanted, live.as_deref());
+        let Some(caches) = self.caches.get() else { return Ok(()) };
+        self.put(entry, &caches.accounts, account).await?;
+        self.put(entry, &caches.services, headless).await?;
+        self.put(entry, &caches.services, client).await?;
+        self.put(entry, &caches.budgets, budget).await?;
+        if let Some(written) = self.put_live(entry, live.as_deref(), stores).await? {
+            entry.stores = Some(Arc::new(written));
+            entry.written = Some(Instant::now());
+        }
+        entry.guarded = changing.then_some(term.number);
+        self.enlarge(&keyspace, cluster, acted).await?;
+        self.let_go(entry, seen, cluster).await?;
+        self.roll(entry, cluster, acted).await
+    }
+
+    async fn put<K: Object + 'static>(&self, entry: &mut Entry, cache: &Store<K>, desired: K) -> Result<(), Error> {
+        let live = cached(cache, &desired.namespace().unwrap_or_default(), &desired.name_any());
+        self.put_live(entry, live.as_deref(), desired).await.map(|_| ())
+    }
+
+    /// Applies `desired` where it isn't so already; what came of it, if it was written.
+    async fn put_live<K: Object>(&self, entry: &mut Entry, live: Option<&K>, desired: K) -> Result<Option<K>, Error> {
+        let key = format!("{} {}", K::kind(&()), desired.name_any());
+        let hash = objects::hash(&desired);
+        let owned = live.filter(|l| l.owner_references().iter().any(|o| o.uid == entry.resource.uid()));
+        let before = entry.applied.get(&key).filter(|a| a.hash == hash);
+        if let Some(before) = before {
+            let same = owned.is_some_and(|live| mark(live) == before.mark);
+            // The cache may not have come to it yet.
+            let fresh = before.at.elapsed() < Duration::from_secs(2);
+            match &before.conflict {
+                Some(text) if before.at.elapsed() < CONFLICT_AGAIN => {
+                    return Err(Error::FieldConflict { what: key, text: text.clone() });
+                }
+                None if same || fresh => return Ok(None),
+                _ => {}
+            }
+        } else if let Some(live) = owned.filter(|live| is_in(&desired, *live)) {
+            let (mark, at) = (mark(live), Instant::now());
+            entry.applied.insert(key, Applied { hash, mark, at, conflict: None });
+            return Ok(None);
+        }
+        let written = self.writer.apply(live, desired, entry.resource.uid()).await;
+        let at = Instant::now();
+        match written {
+            Ok(written) => {
+                entry.applied.insert(key, Applied { hash, mark: mark(&written), at, conflict: None });
+                Ok(Some(written))
+            }
+            Err(Error::FieldConflict { what, text }) => {
+                let conflict = Some(text.clone());
+                entry.applied.insert(key, Applied { hash, mark: String::new(), at, conflict });
+                Err(Error::FieldConflict { what, text })
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Volumes grow, where their class lets them.
+    async fn enlarge(&self, keyspace: &Keyspace, cluster: &Cluster, acted: &mut Acted) -> Result<(), Error> {
+        let size = &keyspace.spec.storage.size;
+        for (store, claim) in &cluster.claims {
+            let small = volumes::requested(claim).is_some_and(|has| has < size.bytes());
+            if !small || claim.metadata.deletion_timestamp.is_some() || !cluster.pods.contains_key(store) {
+                continue;
+            }
+            let change = serde_json::json!({"spec": {"resources": {"requests": {"storage": size.to_string()}}}});
+            match self.writer.merge(&**claim, change).await {
+                Ok(_) => self.crier.note(keyspace, "VolumeGrowing", &format!("{} grows to {size}", claim.name_any())),
+                Err(error @ Error::Refused { .. }) => acted.findings.push(Finding {
+                    reason: "VolumeNotGrown",
+                    message: format!("the volume of {store} can't grow to {size}: {error}"),
+                    store: Some(store.clone()),
+                }),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    /// Volumes that hold nothing any more and can't be used where they are: a new one is made elsewhere.
+    async fn let_go(&self, entry: &Entry, seen: &BTreeMap<String, Seen>, cluster: &Cluster) -> Result<(), Error> {
+        let Some(state) = entry.topology.as_deref() else { return Ok(()) };
+        let lost_after = entry.resource.spec.store_lost_after.as_duration();
+        for (store, pod) in &cluster.pods {
+            if holds(state, store) {
+                continue;
+            }
+            let living = seen.get(store).filter(|s| s.living);
+            let reach = cluster.reach(store);
+            let why = match living {
+                // What it held was given up, or it never had anything.
+                None if cluster.is_gone(store) => "its volume is gone",
+                None if reach == Some(Reach::Cordoned)
+                    && seen.get(store).is_some_and(|s| s.silent > lost_after)
+                    && pods::unschedulable(pod).is_some() =>
+                {
+                    "its volume is bound to a node that is drained, and was away for too long"
+                }
+                Some(s) if drained(state, pod, store) && cluster.draining.contains(store) && is_empty(s) => {
+                    "it has handed over its data, and its node is drained"
+                }
+                _ => continue,
+            };
+            let claim = cluster.claims.get(store);
+            let bound_here = cluster.is_gone(store) || reach == Some(Reach::Cordoned);
+            if let Some(claim) = claim.filter(|c| bound_here && c.metadata.deletion_timestamp.is_none()) {
+                let text = format!("{} is deleted: {why}", claim.name_any());
+                self.writer.delete(&**claim).await?;
+                self.crier.note(&entry.resource, "VolumeReplaced", &text);
+            }
+            if pod.metadata.deletion_timestamp.is_none() {
+                self.writer.delete(&**pod).await?;
+                self.crier.note(&entry.resource, "PodReplaced", &format!("{} is deleted: {why}", pod.name_any()));
+            }
+        }
+        Ok(())
+    }
+
+    async fn roll(&self, entry: &Entry, cluster: &Cluster, acted: &mut Acted) -> Result<(), Error> {
+        let (Some(stores), Some(state), Some(observation)) = (&entry.stores, &entry.topology, &entry.observation)
+        else {
+            return Ok(());
+        };
+        let newest = match &cluster.stores {
+            Some(cached) if super::entry::version(&**cached) >= super::entry::version(&**stores) => cached,
+            _ => stores,
+        };
+        let pods: Vec<&Pod> = cluster.pods.values().map(|p| &**p).collect();
+        acted.rolling = match pods::next(newest, &pods, in_sync(state, observation)) {
+            Roll::Done => None,
+            Roll::Wait(why) => Some(why),
+            Roll::Next(pod) => {
+                let name = pod.name_any();
+                self.writer.delete(pod).await?;
+                self.crier.note(&entry.resource, "Rolling", &format!("{name} is restarted with what is wanted now"));
+                Some(format!("{name} is being restarted"))
+            }
+        };
+        Ok(())
+    }
+}
+
+/// What needs attention, as pods, volumes and stores say themselves.
+fn found(entry: &Entry, seen: &BTreeMap<String, Seen>, cluster: &Cluster) -> Vec<Finding> {
+    let mut all = Vec::new();
+    let mut say = |reason, store: &String, message| {
+        all.push(Finding { reason, message, store: Some(store.clone()) });
+    };
+    for (store, s) in seen.iter().filter(|(_, s)| !s.foreign.is_empty()) {
+        let uids = s.foreign.join(", ");
+        say(
+            "ForeignVolume",
+            store,
+            format!(
+                "the volume of {store} has data of another keyspace (uid {uids}), which is neither served nor deleted: \
+                 delete the claim {} if nobody needs it, or give this keyspace another name",
+                objects::claim_name(entry.resource.name(), store)
+            ),
+        );
+    }
+    let named = entry.topology.as_ref().map(|t| t.stores().into_iter().map(str::to_owned).collect::<Vec<_>>());
+    for store in named.unwrap_or_default().iter().filter(|store| cluster.is_gone(store)) {
+        say("VolumeLost", store, format!("the volume of {store} is gone: the node that had it does not exist any more"));
+    }
+    for (store, pod) in cluster.pods.iter().filter(|(_, p)| p.metadata.deletion_timestamp.is_none()) {
+        let name = pod.name_any();
+        if let Some(why) = pods::unschedulable(pod) {
+            say("PodUnschedulable", store, format!("{name} can't be scheduled: {why}"));
+        }
+        if let Some(why) = pods::failing(pod) {
+            say("PodFailing", store, format!("{name} does not run: {why}"));
+        }
+    }
+    all
+}
+
+/// How many pods there are to be, and whether the volumes of those beyond go with them. A pod goes only
+/// when its store itself reports that it holds nothing, or can never report anything.
+fn replicas(
+    live: Option<u32>,
+    outcome: &Outcome,
+    state: Option<&Topology>,
+    keyspace: &Keyspace,
+    seen: &BTreeMap<String, Seen>,
+    cluster: &Cluster,
+) -> (u32, bool) {
+    let target = outcome.stores_wanted.iter().filter_map(|s| ordinal(s)).max().map_or(0, |n| n + 1);
+    let lost_after = keyspace.spec.store_lost_after.as_duration();
+    let named: Vec<&str> = state.map(Topology::stores).unwrap_or_default();
+    let may_go = |store: &str| {
+        let claim = || cluster.claims.get(store).is_some_and(|c| volumes::bound(c));
+        state.is_some()
+            && !named.contains(&store)
+            && !outcome.stores_wanted.contains(store)
+            && match seen.get(store) {
+                Some(s) if s.living => is_empty(s) && s.foreign.is_empty(),
+                // It was given up, and that was written down; or its volume is gone.
+                Some(s) => s.silent > lost_after || cluster.is_gone(store),
+                // Never heard: it has nothing if it never had a volume.
+                None => !claim(),
+            }
+    };
+    let live = live.unwrap_or(target);
+    let mut wanted = live.max(target);
+    while wanted > target && may_go(&store_name(wanted - 1)) {
+        wanted -= 1;
+    }
+    let leaving = cluster.pods.keys().filter_map(|s| ordinal(s)).any(|n| n >= wanted);
+    (wanted, wanted < live || leaving)
+}
+
+/// Whether a store reports that it holds no replica of anything.
+fn is_empty(seen: &Seen) -> bool {
+    seen.report.as_ref().is_none_or(|r| r.replicas.is_empty())
+}
+
+/// Whether the topology has a replica on this store.
+fn holds(state: &Topology, store: &str) -> bool {
+    let here = |view: &View| view.places().any(|p| p.assignment.store == store && p.assignment.replica != 0);
+    state.views().any(here) || state.drops.iter().any(|d| d.store == store)
+}
+
+/// Whether this pod's store was emptied because its node is drained.
+fn drained(state: &Topology, pod: &Pod, store: &str) -> bool {
+    let asked = pod.uid().map(|uid| drain_request(&uid));
+    state.replace.as_ref().is_some_and(|r| r.emptied && r.store == store && Some(&r.request) == asked.as_ref())
+}
+
+/// Changes whenever something that the operator sets may have changed.
+fn mark<K: Resource>(object: &K) -> String {
+    let meta = object.meta();
+    let counted = meta.generation.filter(|g| *g > 0).map(|g| g.to_string());
+    let version = counted.or_else(|| meta.resource_version.clone()).unwrap_or_default();
+    format!("{}/{version}", meta.uid.as_deref().unwrap_or_default())
+}
+
+/// Whether everything that `desired` says is so in `live`.
+fn is_in<K: Object>(desired: &K, live: &K) -> bool {
+    fn within(desired: &Value, live: &Value) -> bool {
+        match (desired, live) {
+            (Value::Null, _) => true,
+            (Value::Object(d), Value::Object(l)) => {
+                d.iter().all(|(key, value)| l.get(key).is_some_and(|found| within(value, found)))
+            }
+            (Value::Array(d), Value::Array(l)) => d.len() == l.len() && d.iter().zip(l).all(|(d, l)| within(d, l)),
+            _ => desired == live,
+        }
+    }
+    match (serde_json::to_value(desired), serde_json::to_value(live)) {
+        (Ok(desired), Ok(live)) => within(&desired, &live),
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use k8s_openapi::api::apps::v1::StatefulSet;
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn what_is_so_already_is_not_written_again() {
+        let set = |replicas: i32, more: Value| -> StatefulSet {
+            let mut value = json!({"metadata": {"name": "a", "namespace": "n"}, "spec": {"replicas": replicas, "serviceName": "a",
+                "selector": {"matchLabels": {"a": "b"}}, "template": {"spec": {"containers": [{"name": "store"}]}}}});
+            value["spec"]["template"]["spec"]["containers"][0]["image"] = more;
+            serde_json::from_value(value).unwrap()
+        };
+        assert!(is_in(&set(3, Value::Null), &set(3, json!("x"))), "what the API server adds does not count");
+        assert!(!is_in(&set(3, json!("y")), &set(3, json!("x"))));
+        assert!(!is_in(&set(4, Value::Null), &set(3, Value::Null)));
+    }
+}

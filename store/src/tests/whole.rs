@@ -1,0 +1,548 @@
+//! A whole store: what it takes in and leaves alone, which operator it reports to, when it
+//! is ready, and how it leaves.
+
+use std::path::Path;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use futures::{Stream, StreamExt};
+use tokio::net::TcpListener;
+use tokio::sync::{mpsc, watch};
+use tokio_stream::wrappers::{TcpListenerStream, WatchStream};
+use tokio_util::sync::CancellationToken;
+use tonic::{Request, Response, Status, Streaming};
+use vasto_client::env::Env;
+use vasto_client::v1::operator_server::{self, OperatorServer};
+use vasto_client::v1::store_client::StoreClient;
+use vasto_client::v1::{
+    Answer, Assignment, Batch, FailureCode, Get, KeyspaceUpdate, Operation, Phase, Put, Shard, StoreAddress,
+    StoreReport, StoreUpdate, Topology, View, WatchRequest, WatchResponse, answer, operation, put,
+};
+
+use super::context;
+use crate::dir::Dir;
+use crate::host::Host;
+use crate::metrics::Monitor;
+use crate::server::Server;
+use crate::{Options, leave, serve};
+
+const UID: &str = "5f9a";
+/// Longer than anything here takes.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+fn host(dir: &Path, only: Option<&str>) -> Arc<Host> {
+    Host::open("store-0", only, "here:1".into(), Dir::open(dir, "store-0").unwrap(), context())
+}
+
+fn server(host: &Arc<Host>) -> Server {
+    Server::new(host.clone(), Env::real(), Monitor::new().counts())
+}
+
+/// One shard, on the first of these stores and so on; 0: to be made.
+fn view(replicas: &[u64]) -> Option<View> {
+    let place = |(i, replica): (usize, &u64)| Assignment { store: format!("store-{i}"), replica: *replica, serving: true };
+    Some(View { shards: vec![Shard { replicas: replicas.iter().enumerate().map(place).collect() }] })
+}
+
+fn prepare(uid: &str, version: u64, replicas: &[u64]) -> Topology {
+    let (uid, name) = (uid.to_owned(), "shop/orders".to_owned());
+    Topology { uid, name, version, phase: Phase::Prepare.into(), next: view(replicas), ..Topology::default() }
+}
+
+fn stable(uid: &str, version: u64, replicas: &[u64]) -> Topology {
+    let (uid, name) = (uid.to_owned(), "shop/orders".to_owned());
+    Topology { uid, name, version, current: view(replicas), ..Topology::default() }
+}
+
+fn update(topology: Topology) -> KeyspaceUpdate {
+    KeyspaceUpdate { topology: Some(topology), addresses: Vec::new() }
+}
+
+/// The id of the replica that a store reports.
+fn candidate(report: &StoreReport) -> Option<u64> {
+    report.keyspaces.iter().flat_map(|k| &k.replicas).map(|r| r.id).next()
+}
+
+/// The same, once it is born.
+fn born(report: &StoreReport) -> Option<u64> {
+    report.keyspaces.iter().flat_map(|k| &k.replicas).find(|r| r.born).map(|r| r.id)
+}
+
+/// Makes the one replica of the keyspace here, and has it serve.
+async fn make(host: &Arc<Host>) -> u64 {
+    host.install(update(prepare(UID, 1, &[0]))).await;
+    let id = candidate(&host.report()).expect("a candidate is made");
+    host.install(update(prepare(UID, 2, &[id]))).await;
+    let changed = host.changed();
+    let made = async {
+        while born(&host.report()).is_none() {
+            changed.notified().await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, made).await.expect("a candidate of an empty shard is born");
+    host.install(update(stable(UID, 3, &[id]))).await;
+    id
+}
+
+fn operation(id: u64, key: &str, kind: operation::Kind) -> Operation {
+    let key = Bytes::copy_from_slice(key.as_bytes());
+    Operation { id, keyspace: UID.into(), shards: 1, key, kind: Some(kind), ..Operation::default() }
+}
+
+fn putting(id: u64, key: &str) -> Operation {
+    let value = Some(put::Value::Bytes(Bytes::from_static(b"value")));
+    operation(id, key, operation::Kind::Put(Put { value, ..Put::default() }))
+}
+
+fn getting(id: u64, key: &str) -> Operation {
+    operation(id, key, operation::Kind::Get(Get {}))
+}
+
+fn batch(operations: impl IntoIterator<Item = Operation>) -> Batch {
+    Batch { operations: operations.into_iter().collect(), answers: Vec::new() }
+}
+
+fn refusal(answer: &Answer) -> Option<(FailureCode, &str)> {
+    match &answer.result {
+        Some(answer::Result::Failure(failure)) => Some((failure.code(), &failure.message)),
+        _ => None,
+    }
+}
+
+fn found(answer: &Answer) -> bool {
+    matches!(answer.result, Some(answer::Result::Found(_)))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_volume_of_a_former_life_is_neither_served_nor_deleted_nor_built_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let keyspaces = dir.path().join("keyspaces");
+    let marker = keyspaces.join("former/replicas/x/marker");
+    std::fs::create_dir_all(marker.parent().unwrap()).unwrap();
+    std::fs::write(&marker, "data").unwrap();
+    std::fs::create_dir_all(keyspaces.join("older.retained")).unwrap();
+
+    let with = host(dir.path(), Some(UID));
+    with.set_connected(true);
+    with.install(update(prepare(UID, 1, &[0]))).await;
+    let report = with.report();
+    assert_eq!((report.only.as_str(), report.foreign.as_slice()), (UID, &["former".to_owned()][..]));
+    assert_eq!(report.keyspaces, []);
+    assert!(!keyspaces.join(UID).exists(), "nothing is made beside it");
+    assert!(marker.exists());
+    let why = with.ready().unwrap_err();
+    assert!(why.contains("former") && why.contains(UID), "{why}");
+    with.stop().await;
+    drop(with);
+
+    // A person has looked, and moved it away.
+    std::fs::remove_dir_all(keyspaces.join("former")).unwrap();
+    let without = host(dir.path(), Some(UID));
+    make(&without).await;
+    assert_eq!(without.ready(), Ok(()));
+    assert_eq!(without.report().foreign, [""; 0], "what is retained is not foreign");
+    without.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn its_own_data_beside_anothers_is_reported_as_it_was_left() {
+    let dir = tempfile::tempdir().unwrap();
+    let before = host(dir.path(), Some(UID));
+    let id = make(&before).await;
+    before.stop().await;
+    drop(before);
+    std::fs::create_dir_all(dir.path().join("keyspaces/other")).unwrap();
+
+    let host = host(dir.path(), Some(UID));
+    host.resume().await;
+    host.install(update(stable(UID, 4, &[id]))).await;
+    let report = host.report();
+    assert_eq!((born(&report), report.keyspaces[0].version), (Some(id), 3), "nobody takes the store for empty");
+    assert!(host.ready().unwrap_err().contains("other"));
+    let keyspace = host.keyspace(UID).unwrap();
+    keyspace.confirm(9);
+    assert!(!keyspace.is_confirmed(), "it may not know what is current");
+    host.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_topology_of_another_keyspace_is_ignored() {
+    let dir = tempfile::tempdir().unwrap();
+    let host = host(dir.path(), Some(UID));
+    host.install(update(prepare("other", 1, &[0]))).await;
+    assert!(host.keyspace("other").is_none());
+    assert!(!dir.path().join("keyspaces/other").exists());
+    assert_eq!(host.report().keyspaces, []);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_disk_is_reported() {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = host(dir.path(), None).report().disk.unwrap();
+    assert!(disk.size_bytes > 0 && disk.free_bytes <= disk.size_bytes, "{disk:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_store_is_ready_when_it_serves_what_it_is_assigned() {
+    let dir = tempfile::tempdir().unwrap();
+    let empty = host(dir.path(), None);
+    assert!(empty.ready().unwrap_err().contains("has not reached an operator"));
+    empty.set_connected(true);
+    empty.set_connected(false);
+    assert_eq!(empty.ready(), Ok(()), "it is assigned nothing");
+    // What it shall have in the next view, it has not been assigned.
+    empty.install(update(prepare(UID, 1, &[0]))).await;
+    assert_eq!(empty.ready(), Ok(()));
+    let id = make(&empty).await;
+    assert_eq!(empty.ready(), Ok(()));
+    empty.install(update(stable(UID, 4, &[id ^ 1]))).await;
+    assert!(empty.ready().unwrap_err().contains("is not here"));
+    empty.install(update(stable(UID, 5, &[id]))).await;
+    assert_eq!(empty.ready(), Ok(()));
+    empty.stop().await;
+    drop(empty);
+
+    let again = host(dir.path(), None);
+    again.resume().await;
+    let why = again.ready().unwrap_err();
+    assert!(why.contains("shop/orders") && why.contains("topology version 5"), "{why}");
+    again.install(update(stable(UID, 5, &[id]))).await;
+    assert_eq!(again.ready(), Ok(()));
+    again.keyspace(UID).unwrap().replica(id).unwrap().progress.poison("a sync failed".into());
+    assert!(again.ready().unwrap_err().contains("a sync failed"));
+    again.leave();
+    assert!(again.ready().unwrap_err().contains("stopping"));
+    again.stop().await;
+    drop(again);
+
+    std::fs::remove_dir_all(dir.path().join("keyspaces").join(UID).join(format!("replicas/{id:016x}/db"))).unwrap();
+    let broken = host(dir.path(), None);
+    assert!(broken.ready().unwrap_err().contains("gone or empty"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_leaving_store_refuses_writes_answers_reads_and_waits_for_its_followers() {
+    let dir = tempfile::tempdir().unwrap();
+    let host = host(dir.path(), None);
+    let id = make(&host).await;
+    let server = server(&host);
+    assert_eq!(refusal(&server.answer(batch([putting(1, "key")])).await[0]), None);
+    let replica = host.keyspace(UID).unwrap().replica(id).unwrap();
+    let (slow, gone) = (replica.progress.connected(7), replica.progress.connected(8));
+    let connected_twice = replica.progress.connected(7);
+
+    let leaving = host.clone();
+    let mut handing_over = tokio::spawn(async move { leave::hand_over(&leaving).await });
+    // The writer itself refuses, so that nothing that was on its way slips in behind.
+    let refused = async {
+        while refusal(&server.answer(batch([putting(2, "late")])).await[0]).is_none() {}
+        loop {
+            let change = super::set("late", crate::record::Content::Nothing);
+            if let Err(refused) = super::one(&replica, change).await {
+                return refused;
+            }
+        }
+    };
+    let refused = tokio::time::timeout(PATIENCE, refused).await.unwrap();
+    assert_eq!(refused.code, FailureCode::NotReady);
+    assert!(refused.message.contains("stopping"), "{refused:?}");
+    let answers = server.answer(batch([putting(3, "late"), getting(4, "key")])).await;
+    let put = answers.iter().find(|a| a.id == 3).unwrap();
+    assert_eq!(refusal(put).map(|(code, words)| (code, words.contains("stopping"))), Some((FailureCode::NotReady, true)));
+    assert!(found(answers.iter().find(|a| a.id == 4).unwrap()));
+
+    let last = replica.progress.last_seq();
+    drop(gone);
+    replica.progress.confirm(7, last - 1);
+    assert_eq!(replica.progress.behind(last), [7]);
+    // One of its streams: it has connected again.
+    drop(connected_twice);
+    assert!(tokio::time::timeout(Duration::from_millis(50), &mut handing_over).await.is_err(), "it waits");
+    replica.progress.confirm(7, last);
+    tokio::time::timeout(PATIENCE, handing_over).await.unwrap().unwrap();
+    drop(slow);
+    host.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_store_that_nobody_follows_leaves_at_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let host = host(dir.path(), None);
+    make(&host).await;
+    server(&host).answer(batch((0..100).map(|i| putting(i, &format!("key-{i}"))))).await;
+    let begin = Instant::now();
+    leave::hand_over(&host).await;
+    assert!(begin.elapsed() < Duration::from_secs(1), "{:?}", begin.elapsed());
+    host.stop().await;
+}
+
+/// An operator that says what the test says, and keeps what stores report.
+#[derive(Clone)]
+struct Operator {
+    leader: Arc<Mutex<Option<String>>>,
+    calls: watch::Sender<u32>,
+    reports: mpsc::UnboundedSender<StoreReport>,
+    says: watch::Sender<StoreUpdate>,
+    stop: CancellationToken,
+}
+
+impl Operator {
+    async fn start(leader: Option<String>) -> (Self, String, mpsc::UnboundedReceiver<StoreReport>) {
+        let (reports, reported) = mpsc::unbounded_channel();
+        let (calls, says, stop) = (watch::Sender::default(), watch::Sender::default(), CancellationToken::new());
+        let operator = Self { leader: Arc::new(Mutex::new(leader)), calls, reports, says, stop };
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let serving = tonic::transport::Server::builder()
+            .add_service(OperatorServer::new(operator.clone()))
+            .serve_with_incoming_shutdown(TcpListenerStream::new(listener), operator.stop.clone().cancelled_owned());
+        tokio::spawn(serving);
+        (operator, address, reported)
+    }
+
+    fn says(&self, topology: Topology, addresses: &[String]) {
+        let address = |(i, address): (usize, &String)| StoreAddress { store: format!("store-{i}"), address: address.clone() };
+        let addresses = addresses.iter().enumerate().map(address).collect();
+        self.says.send_replace(StoreUpdate { keyspaces: vec![KeyspaceUpdate { topology: Some(topology), addresses }] });
+    }
+
+    async fn called(&self, times: u32) {
+        let mut calls = self.calls.subscribe();
+        tokio::time::timeout(PATIENCE, calls.wait_for(|n| *n >= times)).await.expect("it is called").unwrap();
+    }
+}
+
+type Out<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl operator_server::Operator for Operator {
+    type WatchStream = Out<WatchResponse>;
+
+    async fn watch(&self, _: Request<Streaming<WatchRequest>>) -> Result<Response<Self::WatchStream>, Status> {
+        Err(Status::unimplemented("nobody watches here"))
+    }
+
+    type ReportStream = Out<StoreUpdate>;
+
+    async fn report(&self, request: Request<Streaming<StoreReport>>) -> Result<Response<Self::ReportStream>, Status> {
+        self.calls.send_modify(|n| *n += 1);
+        if let Some(leader) = self.leader.lock().unwrap().clone() {
+            let mut status = Status::unavailable("not the leader");
+            status.metadata_mut().insert("vasto-leader", leader.parse().unwrap());
+            return Err(status);
+        }
+        let (reports, mut incoming) = (self.reports.clone(), request.into_inner());
+        let (ended, end) = tokio::sync::oneshot::channel::<()>();
+        tokio::spawn(async move {
+            while let Some(Ok(report)) = incoming.next().await {
+                let _ = reports.send(report);
+            }
+            drop(ended);
+        });
+        let stop = self.stop.clone();
+        let over = async move {
+            tokio::select! {
+                _ = end => {}
+                () = stop.cancelled() => {}
+            }
+        };
+        let updates = WatchStream::new(self.says.subscribe()).map(Ok).take_until(over);
+        Ok(Response::new(Box::pin(updates)))
+    }
+}
+
+/// The next report that is as wanted.
+async fn until<T>(
+    reported: &mut mpsc::UnboundedReceiver<StoreReport>,
+    wanted: impl Fn(&StoreReport) -> Option<T>,
+) -> T {
+    let next = async {
+        loop {
+            let report = reported.recv().await.expect("the operator lives");
+            if let Some(found) = wanted(&report) {
+                return found;
+            }
+        }
+    };
+    tokio::time::timeout(PATIENCE, next).await.expect("such a report")
+}
+
+struct Running {
+    _dir: tempfile::TempDir,
+    address: String,
+    monitor: Monitor,
+    stop: CancellationToken,
+    task: tokio::task::JoinHandle<Result<(), crate::Error>>,
+}
+
+impl Running {
+    async fn start(name: &str, operator: &str) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let options = Options::new(name, dir.path(), operator);
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let (monitor, stop) = (options.monitor.clone(), CancellationToken::new());
+        assert!(monitor.ready().unwrap_err().contains("starting"));
+        let task = tokio::spawn(serve(options, Env::real(), listener, stop.clone()));
+        Self { _dir: dir, address, monitor, stop, task }
+    }
+
+    async fn answers(&self, operations: impl IntoIterator<Item = Operation>) -> Vec<Answer> {
+        let batch = batch(operations);
+        let count = batch.operations.len();
+        let mut client = StoreClient::new(Env::real().dial(&self.address).unwrap());
+        // Endless, as a client's own: the store ends with it.
+        let requests = futures::stream::iter([batch]).chain(futures::stream::pending());
+        let mut stream = client.pipe(requests).await.unwrap().into_inner();
+        let mut answers = Vec::new();
+        while answers.len() < count {
+            answers.extend(stream.next().await.unwrap().unwrap().answers);
+        }
+        answers
+    }
+
+    async fn stopped(self) {
+        self.stop.cancel();
+        tokio::time::timeout(PATIENCE, self.task).await.unwrap().unwrap().unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_store_reports_to_the_leader_and_comes_back_when_that_is_gone() {
+    let (leader, leads_at, mut reported) = Operator::start(None).await;
+    let (other, address, mut later) = Operator::start(Some(leads_at)).await;
+    let store = Running::start("store-0", &address).await;
+    // The second says that the first was taken.
+    for _ in 0..2 {
+        until(&mut reported, |r| (r.store == "store-0").then_some(())).await;
+    }
+    assert_eq!(*other.calls.borrow(), 1);
+    assert_eq!(store.monitor.ready(), Ok(()), "it has reported, and is assigned nothing");
+    assert!(store.monitor.encode().contains("vasto_store_operator_connected 1\n"));
+
+    leader.stop.cancel();
+    other.called(2).await;
+    // It still sends to the dead one; then it leads itself.
+    other.called(3).await;
+    *other.leader.lock().unwrap() = None;
+    until(&mut later, |r| (r.store == "store-0").then_some(())).await;
+    store.stopped().await;
+    until(&mut later, |r| r.stopping.then_some(())).await;
+}
+
+/// What both stores say, as wanted.
+async fn both(
+    reported: &mut mpsc::UnboundedReceiver<StoreReport>,
+    wanted: impl Fn(&StoreReport) -> Option<u64>,
+) -> [u64; 2] {
+    let mut said = [0; 2];
+    while said.contains(&0) {
+        let (store, id) = until(reported, |r| Some((r.store.clone(), wanted(r)?))).await;
+        said[usize::from(store == "store-1")] = id;
+    }
+    said
+}
+
+/// Two stores with a replica each of the one shard, which follow one another.
+async fn two() -> (Operator, mpsc::UnboundedReceiver<StoreReport>, [Running; 2], [u64; 2]) {
+    let (operator, address, mut reported) = Operator::start(None).await;
+    let stores = [Running::start("store-0", &address).await, Running::start("store-1", &address).await];
+    let addresses = [stores[0].address.clone(), stores[1].address.clone()];
+    operator.says(prepare(UID, 1, &[0, 0]), &addresses);
+    let ids = both(&mut reported, candidate).await;
+    operator.says(prepare(UID, 2, &ids), &addresses);
+    both(&mut reported, born).await;
+    operator.says(stable(UID, 3, &ids), &addresses);
+    for store in ["store-0", "store-1"] {
+        // Each follows the other, from where that began.
+        let follows = |r: &StoreReport| {
+            let sources = &r.keyspaces.first()?.replicas.first()?.sources;
+            (r.store == store && sources.first()?.lag == 0 && sources.first()?.confirmed > 0).then_some(())
+        };
+        until(&mut reported, follows).await;
+    }
+    (operator, reported, stores, ids)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_store_leaves_when_its_followers_have_all_that_it_took() {
+    let (_operator, mut reported, [first, second], ids) = two().await;
+    let keys: Vec<String> = (0..20_000).map(|i| format!("key-{i}")).collect();
+    for part in keys.chunks(4_000) {
+        let answers = first.answers(part.iter().zip(1..).map(|(key, id)| putting(id, key))).await;
+        assert_eq!(answers.iter().find_map(refusal), None);
+    }
+    let text = first.monitor.encode();
+    assert!(text.contains("vasto_store_operations_total{operation=\"put\",result=\"ok\"} 20000\n"), "{text}");
+    let begin = Instant::now();
+    first.stopped().await;
+    assert!(begin.elapsed() < Duration::from_secs(4), "the whole bound has passed: {:?}", begin.elapsed());
+    let last = until(&mut reported, |r| {
+        (r.stopping && r.store == "store-0").then(|| r.keyspaces[0].replicas[0].last_seq)
+    });
+    let last = last.await;
+    let synced = |r: &StoreReport| {
+        let replica = r.keyspaces.first()?.replicas.iter().find(|r| r.id == ids[1])?;
+        Some(replica.sources.iter().find(|s| s.replica == ids[0])?.confirmed)
+    };
+    let confirmed = until(&mut reported, |r| if r.store == "store-1" { synced(r) } else { None }).await;
+    assert!(confirmed >= last, "confirmed {confirmed} of {last}");
+    for part in keys.chunks(4_000) {
+        let answers = second.answers(part.iter().zip(1..).map(|(key, id)| getting(id, key))).await;
+        assert!(answers.iter().all(found));
+    }
+    second.stopped().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn stores_that_leave_together_do_not_wait_for_one_another_for_long() {
+    let (_operator, _reported, [first, second], _) = two().await;
+    let (one, two) = tokio::join!(
+        first.answers((0..1_000).map(|i| putting(i, &format!("a-{i}")))),
+        second.answers((0..1_000).map(|i| putting(i, &format!("b-{i}")))),
+    );
+    assert_eq!(one.iter().chain(&two).find_map(refusal), None);
+    let begin = Instant::now();
+    tokio::join!(first.stopped(), second.stopped());
+    assert!(begin.elapsed() < Duration::from_secs(4), "the whole bound has passed: {:?}", begin.elapsed());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_running_stores_metrics_are_well_formed() {
+    let (_operator, _reported, [first, second], _) = two().await;
+    second.answers([putting(1, "key")]).await;
+    let text = second.monitor.encode();
+    assert!(text.ends_with("# EOF\n"), "{text}");
+    let series: Vec<&str> = text.lines().filter(|l| !l.starts_with('#')).filter_map(|l| l.rsplit_once(' ')).map(|(s, _)| s).collect();
+    let mut once = series.clone();
+    once.sort_unstable();
+    once.dedup();
+    assert_eq!(once.len(), series.len(), "{text}");
+    let shard = r#"{keyspace="shop/orders",shard="0"}"#;
+    for wanted in [
+        r#"vasto_store_replica_lag_records{keyspace="shop/orders",shard="0",source="store-0"}"#.to_owned(),
+        format!("vasto_store_replica_records{shard}"),
+        format!("vasto_store_replica_bytes{shard}"),
+        "vasto_store_replica_faults".to_owned(),
+        "vasto_store_disk_free_bytes".to_owned(),
+        "vasto_store_disk_size_bytes".to_owned(),
+        "vasto_store_disk_full".to_owned(),
+        r#"vasto_store_topology_version{keyspace="shop/orders"}"#.to_owned(),
+        "vasto_store_operator_connected".to_owned(),
+        r#"vasto_store_batch_duration_seconds_count{kind="write"}"#.to_owned(),
+        "vasto_rocksdb_block_cache_usage_bytes".to_owned(),
+        "vasto_rocksdb_block_cache_pinned_bytes".to_owned(),
+        format!("vasto_rocksdb_memtable_bytes{shard}"),
+        format!("vasto_rocksdb_estimated_pending_compaction_bytes{shard}"),
+        format!("vasto_rocksdb_running_compactions{shard}"),
+        format!("vasto_rocksdb_running_flushes{shard}"),
+        format!("vasto_rocksdb_sst_bytes{shard}"),
+        format!("vasto_rocksdb_l0_files{shard}"),
+    ] {
+        assert!(series.contains(&wanted.as_str()), "{wanted} is missing\n{text}");
+    }
+    first.stopped().await;
+    second.stopped().await;
+}
