@@ -102,6 +102,11 @@ impl Context {
 
     /// The error for what the operator answered.
     pub(crate) fn refusal(&self, status: &tonic::Status) -> anyhow::Error {
+        if status.code() == tonic::Code::Unimplemented {
+            let message = "this operator runs on Kubernetes, where keyspaces are resources: use kubectl (get, apply, scale, \
+                           delete keyspaces) and kubectl vasto";
+            return fault(Code::Refused, message);
+        }
         let code = status_code(status.code());
         let message = if status.message().is_empty() { status.code().description() } else { status.message() };
         // A connection that fails has its causes with it; a refusal by the operator itself has none.

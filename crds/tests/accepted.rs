@@ -112,7 +112,7 @@ fn the_whole_resource_comes_back() {
     set_condition(
         &mut status.conditions,
         "Ready",
-        false,
+        Some(false),
         "Preparing",
         "5 of 6 replicas serve",
         Some(7),

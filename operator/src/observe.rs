@@ -35,6 +35,7 @@ pub(crate) fn spec(keyspace: &Keyspace, name: String) -> Spec {
         replace: edit::replacement(keyspace).map(|r| ReplaceRequest {
             store: r.store,
             request: r.request,
+            hold: false,
             accept_data_loss: r.accept_data_loss,
         }),
     }

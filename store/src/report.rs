@@ -148,8 +148,9 @@ async fn once(host: &Arc<Host>, env: &Env, operator: &str, stop: &CancellationTo
                 let last = StoreReport { stopping: true, ..strip(host.report(), &mut told) };
                 let _ = send.send(last).await;
                 drop(send);
-                // The operator ends its side once it has heard.
-                let _ = tokio::time::timeout(LAST_WORD, updates.next()).await;
+                // The operator ends its side once it has heard; what it says until then comes too late.
+                let heard = async { while let Some(Ok(_)) = updates.next().await {} };
+                let _ = tokio::time::timeout(LAST_WORD, heard).await;
                 return Ok(());
             }
         }

@@ -16,7 +16,7 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use vasto_client::env::Env;
 use vasto_client::topology::qualified;
-use vasto_client::v1::{Topology, View};
+use vasto_client::v1::{self, Topology, View};
 use vasto_crds::{Keyspace, KeyspaceSpec, Phase};
 use vasto_operator::kube::{Error, Monitor, Options, Timings, serve};
 use vasto_tests::control_plane::{CONTROLLERS, ControlPlane, OPERATOR, Who, create};
@@ -381,8 +381,13 @@ pub fn fresh_namespace(label: &str) -> String {
 /// Whether it has come to rest at this size.
 pub fn settled(keyspace: &Keyspace, shards: u32, replication_factor: u32) -> bool {
     let asked = keyspace.metadata.annotations.as_ref().is_some_and(|a| a.contains_key("vasto.io/replace"));
+    let topology = topology(keyspace);
+    let mut places = topology.current.iter().flat_map(View::places);
+    let whole = places.all(|p| p.assignment.replica != 0 && p.assignment.serving);
     keyspace.status.as_ref().is_some_and(|s| {
         !asked
+            && whole
+            && topology.phase() == v1::Phase::Stable
             && s.phase == Some(Phase::Ready)
             && s.observed_generation == keyspace.metadata.generation
             && (s.shards, s.replication_factor) == (Some(shards), Some(replication_factor))

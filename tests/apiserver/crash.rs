@@ -137,14 +137,14 @@ async fn life(label: String, strike: Strike, reference: Arc<Reference>) -> usize
             () = over => false,
             () = operator.tap.died() => true,
         };
-        if died {
+        // What comes yet is of no leg.
+        operator.tap.reset(Strike::Never);
+        if died || operator.tap.is_dead() {
             deaths += 1;
             operator = successor(&bench, operator, strike, number);
             leg.ended(&bench).await;
             same(&bench, leg, &reference, &operator).await;
         }
-        // What comes yet is of no leg.
-        operator.tap.reset(Strike::Never);
         data(&bench, leg).await;
         operator.tap.clean();
     }

@@ -11,6 +11,7 @@ use k8s_openapi::api::core::v1::{ConfigMap, Pod, Secret};
 use kube::api::{Api, ListParams};
 use serde_json::json;
 use vasto_crds::{Keyspace, Phase};
+use vasto_operator::kube::Timings;
 use vasto_tests::control_plane::{create, mebibytes, resident};
 use vasto_tests::fleet::Fleet;
 
@@ -41,7 +42,9 @@ async fn many_keyspaces_amid_foreign_objects() {
     let fleet = Arc::new(Fleet::start(&client, &namespace));
     let bench = Bench::over(plane.clone(), namespace.clone(), client.clone(), fleet);
     let before = resident(me);
-    let operator = bench.operator_as(Manner { cluster: true, ..Manner::default() });
+    // With a lease as in earnest: the machine is busy.
+    let manner = Manner { cluster: true, timings: Timings::default(), ..Manner::default() };
+    let operator = bench.operator_as(manner.clone());
     let began = Instant::now();
     futures::stream::iter(0..keyspaces)
         .for_each_concurrent(AT_ONCE, |n| {
@@ -56,6 +59,7 @@ async fn many_keyspaces_amid_foreign_objects() {
         .await;
     println!("{keyspaces} keyspaces made after {:.1} s", began.elapsed().as_secs_f64());
     let deadline = Instant::now() + Duration::from_secs(400);
+    let mut said = Instant::now();
     loop {
         let all = bench.keyspaces().list(&ListParams::default()).await.unwrap();
         let count = |phase| all.iter().filter(|k| k.status.as_ref().and_then(|s| s.phase) == Some(phase)).count();
@@ -64,6 +68,10 @@ async fn many_keyspaces_amid_foreign_objects() {
             break;
         }
         assert!(Instant::now() < deadline, "{ready} of {with_stores} ready, {pending} pending");
+        if said.elapsed() > Duration::from_secs(10) {
+            println!("{ready} of {with_stores} ready, {pending} pending after {:.0} s", began.elapsed().as_secs_f64());
+            said = Instant::now();
+        }
         tokio::time::sleep(Duration::from_millis(500)).await;
     }
     println!("{with_stores} ready, the others pending, after {:.1} s", began.elapsed().as_secs_f64());
@@ -102,7 +110,7 @@ async fn many_keyspaces_amid_foreign_objects() {
     operator.kill();
     let before = resident(me);
     let began = Instant::now();
-    let operator = bench.operator_as(Manner { cluster: true, pod: "another".to_owned(), ..Manner::default() });
+    let operator = bench.operator_as(manner);
     bench.scale(3, None).await;
     bench.settled(3, 2).await;
     println!(

@@ -1,6 +1,7 @@
 //! Death in every phase: of one store, of the operator, of everything at once;
 //! and a change of mind in every phase. Each finishes, and no acknowledged write is lost.
 
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use vasto_client::Op;
@@ -146,6 +147,29 @@ async fn a_store_whose_volume_is_gone_is_filled_anew() {
     load.verify().await;
     let (code, out, err) = cluster.run(&["check", "faults"]);
     assert_eq!(code, 0, "{out}{err}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_store_that_is_told_to_stop_hands_on_all_that_it_took() {
+    let mut cluster = Cluster::start(2, &document("Periodic"));
+    cluster.settled("faults", 2, 2, 30).await;
+    let mut load = Load::fill(cluster.keyspace("faults").await, keys(5_000), true).await;
+    load.run(4, 2);
+    let counts = load.counts.clone();
+    let more_writes = async || {
+        let (before, deadline) = (counts.writes.load(Ordering::Relaxed), Instant::now() + Duration::from_secs(30));
+        while counts.writes.load(Ordering::Relaxed) < before + 500 {
+            assert!(Instant::now() < deadline, "no writes are taken");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    more_writes().await;
+    println!("store-0 stopped within {:?}", cluster.stop_store("store-0"));
+    // Nobody will ever ask it again.
+    std::fs::remove_dir_all(cluster.path().join("store-0")).unwrap();
+    more_writes().await;
+    load.stop().await;
+    load.verify().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

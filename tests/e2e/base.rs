@@ -76,6 +76,10 @@ impl Run {
         }
         until("all nodes ready", 120, || cluster::all_ready(&self.kube))?;
         install::be_installed(self)?;
+        for other in self.kube.list(&["keyspaces"])?.iter().map(name).filter(|name| *name != PACKAGES) {
+            self.kube.ctl(&["delete", "keyspace", other])?;
+            self.kube.ctl_within(90, &["delete", "persistentvolumeclaims", "-l", &format!("vasto.io/keyspace={other}")])?;
+        }
         if self.kube.get(&["keyspace", PACKAGES])?.is_none() {
             install::apply_the_example(self)?;
         }

@@ -127,6 +127,17 @@ impl Cluster {
         }
     }
 
+    /// SIGTERM, and waits for its end; says how long that took.
+    pub fn stop_store(&mut self, name: &str) -> Duration {
+        let start = Instant::now();
+        let mut child = self.stores.remove(name).unwrap();
+        let pid = nix::unistd::Pid::from_raw(child.id().try_into().unwrap());
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
+        let ended = child.wait().unwrap();
+        assert!(ended.success(), "{name} ended with {ended}\n{}", self.tail());
+        start.elapsed()
+    }
+
     /// SIGKILL of all, then a start of all.
     pub fn crash(&mut self) {
         self.kill_operator();

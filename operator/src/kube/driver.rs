@@ -21,7 +21,7 @@ use tokio_stream::wrappers::WatchStream;
 use tokio_util::sync::CancellationToken;
 use vasto_client::env::Env;
 use vasto_client::v1::{Phase, Topology};
-use vasto_crds::Keyspace;
+use vasto_crds::{Keyspace, set_condition};
 
 use super::api::{Error, Writer};
 use super::caches::{self, Caches};
@@ -246,9 +246,11 @@ impl Driver {
     async fn lead(&self, keyspace: Arc<Keyspace>, term: &Term, entry: &mut Entry) -> Result<Action, Error> {
         entry.take(keyspace, term);
         self.answer_plain_wish(entry).await?;
+        let mut steps = 0;
         let (outcome, seen, cluster) = loop {
-            entry.steps += 1;
+            steps += 1;
             self.adopt(entry).await?;
+            self.end_granted_wish(entry).await?;
             let cluster = Cluster::look(&self.caches, &self.writer, entry).await;
             let seen = self.hub.look(entry.resource.uid());
             let observation = self.observe(entry, &seen, &cluster);
@@ -268,23 +270,24 @@ impl Driver {
                 next.phase() != Phase::Switch || entry.guarded == Some(term.number)
             });
             match next {
-                Some(next) if entry.steps < STEPS => self.commit(entry, next).await?,
+                Some(next) if steps < STEPS => self.commit(entry, next).await?,
                 _ => {
                     entry.observation = Some(observation);
                     break (outcome, seen, cluster);
                 }
             }
         };
-        entry.steps = 0;
-        let held = outcome.next.is_some();
         let acted = self.act(entry, &outcome, &seen, &cluster, term).await;
         let restless = self.conclude(entry, &outcome, &seen, &cluster, &acted, term).await?;
-        match acted.error {
-            Some(error) => Err(error),
-            None if held => Ok(Action::requeue(Duration::from_millis(20))),
-            None if restless => Ok(Action::requeue(self.env.jitter(self.timings.tick))),
-            None => Ok(Action::requeue(self.env.jitter(Duration::from_secs(60)))),
-        }
+        // Reports and watches wake it as well; this is for what only time changes.
+        let again = match acted.error {
+            Some(error) => return Err(error),
+            None if outcome.next.is_some() && entry.guarded.is_some() => self.timings.tick / 50,
+            None if !restless => self.timings.tick * 60,
+            None if acted.rolling.is_some() || outcome.progress.phase == Phase::Switch => self.timings.tick,
+            None => self.timings.tick * 3,
+        };
+        Ok(Action::requeue(self.env.jitter(again)))
     }
 
     /// `kubectl annotate ks packages vasto.io/replace=store-1` is a wish too: it is given a request's name, so
@@ -301,6 +304,18 @@ impl Driver {
             }
         };
         let change = serde_json::json!({"metadata": {"annotations": {edit::REPLACE: value}}});
+        let changed = self.writer.merge(&*entry.resource, change).await?;
+        entry.resource = Arc::new(changed);
+        Ok(())
+    }
+
+    /// A replace that is through is asked for no longer.
+    async fn end_granted_wish(&self, entry: &mut Entry) -> Result<(), Error> {
+        let replaced = entry.topology.as_ref().map_or("", |t| t.replaced.as_str());
+        if edit::replacement(&entry.resource).is_none_or(|r| r.request != replaced) {
+            return Ok(());
+        }
+        let change = serde_json::json!({"metadata": {"annotations": {edit::REPLACE: null}}});
         let changed = self.writer.merge(&*entry.resource, change).await?;
         entry.resource = Arc::new(changed);
         Ok(())
@@ -364,21 +379,22 @@ impl Driver {
         status.topology_version = Some(topology.version);
         status.phase = Some(phase);
         let before = entry.topology.as_ref().map(|t| t.phase());
+        if topology.phase() != Phase::Stable {
+            // Counts and the rest follow at once; nobody must take a change for its end meanwhile.
+            let (generation, now) = (entry.resource.metadata.generation, self.env.now_ms());
+            let message = format!("version {} is committed", topology.version);
+            let reason = crate::plan::reason(topology.phase());
+            set_condition(&mut status.conditions, "Progressing", Some(true), reason, &message, generation, now);
+        }
         self.write_status(entry, status).await?;
         tracing::debug!(keyspace = topology.name, version = topology.version, phase = ?topology.phase(), "committed");
         if before != Some(topology.phase()) {
             tracing::info!(keyspace = topology.name, version = topology.version, phase = phase.as_str(), "a new phase");
             self.crier.phase(&entry.resource, &topology);
         }
-        let done = edit::replacement(&entry.resource).is_some_and(|r| r.request == topology.replaced);
         let topology = Arc::new(topology);
         entry.topology = Some(topology.clone());
         self.hub.commit(topology);
-        if done {
-            let change = serde_json::json!({"metadata": {"annotations": {edit::REPLACE: null}}});
-            let changed = self.writer.merge(&*entry.resource, change).await?;
-            entry.resource = Arc::new(changed);
-        }
         Ok(())
     }
 }

@@ -31,7 +31,7 @@ use vasto_client::v1::{KeyspaceReport, Phase, Topology};
 
 pub use health::in_sync;
 pub use placement::{Lists, expected_share, placement};
-pub use status::{Condition, Progress};
+pub use status::{Condition, Progress, reason};
 pub use wait::Wait;
 
 /// A replica this many changes behind a source, or fewer, counts as caught up.
@@ -67,6 +67,8 @@ pub struct ReplaceRequest {
     pub store: String,
     /// Names the request, so that repeating it does nothing.
     pub request: String,
+    /// Leave the store empty as long as this is asked for; it is filled anew once it isn't any more.
+    pub hold: bool,
     /// Give up what only this store holds, if it is lost, wiped or faulty; and go on
     /// although other lost stores haven't been heard by this operator.
     pub accept_data_loss: bool,

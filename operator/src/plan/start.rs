@@ -103,12 +103,17 @@ fn wanted(call: &Call<'_>) -> Option<Lists> {
 pub(super) fn desired(t: &Topology, call: &Call<'_>) -> Option<Lists> {
     let wanted = wanted(call)?;
     Some(match &t.replace {
-        Some(replace) if !replace.emptied => {
+        Some(replace) if !replace.emptied || held(replace, call) => {
             let surge = (call.seen.store_name)(t.size().max(call.spec.shards));
             placement::without(wanted, &replace.store, &surge)
         }
         _ => wanted,
     })
+}
+
+/// Whether the store is to stay empty for now.
+fn held(replace: &Replace, call: &Call<'_>) -> bool {
+    call.spec.replace.as_ref().is_some_and(|q| q.hold && q.request == replace.request)
 }
 
 /// A replace that is no longer asked for ends where it stands: its store gets its

@@ -116,18 +116,22 @@ fn ready(state: Option<&Topology>, seen: &Observation) -> Condition {
     }
 }
 
+/// The reason that the condition Progressing has in a phase.
+pub fn reason(phase: Phase) -> &'static str {
+    match phase {
+        Phase::Stable => "Stable",
+        Phase::Prepare => "Preparing",
+        Phase::Switch => "Switching",
+        Phase::Fence => "Fencing",
+        Phase::Drain => "Draining",
+        Phase::Cleanup => "CleaningUp",
+        Phase::Deleting => "Deleting",
+    }
+}
+
 fn progressing(state: Option<&Topology>, next: Option<&Topology>, call: &Call<'_>) -> Condition {
     let kind = "Progressing";
-    let reason = match state.map(Topology::phase) {
-        None => "Creating",
-        Some(Phase::Stable) => "Stable",
-        Some(Phase::Prepare) => "Preparing",
-        Some(Phase::Switch) => "Switching",
-        Some(Phase::Fence) => "Fencing",
-        Some(Phase::Drain) => "Draining",
-        Some(Phase::Cleanup) => "CleaningUp",
-        Some(Phase::Deleting) => "Deleting",
-    };
+    let reason = state.map_or("Creating", |s| reason(s.phase()));
     let reason = if call.waits.contains(&Wait::Paused) { "Paused" } else { reason };
     let placed = state.is_some_and(|s| {
         let wanted = start::desired(&Topology { replace: None, ..s.clone() }, call);

@@ -105,16 +105,22 @@ impl Driver {
         let Objects { account, headless, client, budget, stores } =
             objects::objects(&keyspace, &self.site, &wanted, live.as_deref());
         let Some(caches) = self.caches.get() else { return Ok(()) };
-        self.put(entry, &caches.accounts, account).await?;
-        self.put(entry, &caches.services, headless).await?;
-        self.put(entry, &caches.services, client).await?;
-        self.put(entry, &caches.budgets, budget).await?;
-        if let Some(written) = self.put_live(entry, live.as_deref(), stores).await? {
-            entry.stores = Some(Arc::new(written));
+        let written = self.put_live(entry, live.as_deref(), stores).await;
+        if let Ok(Some(written)) = &written {
+            entry.stores = Some(Arc::new(written.clone()));
             entry.written = Some(Instant::now());
         }
-        entry.guarded = changing.then_some(term.number);
-        self.enlarge(&keyspace, cluster, acted).await?;
+        entry.guarded = (written.is_ok() && changing).then_some(term.number);
+        // One that is somebody else's does not hold up the others.
+        let others = [
+            self.put(entry, &caches.accounts, account).await,
+            self.put(entry, &caches.services, headless).await,
+            self.put(entry, &caches.services, client).await,
+            self.put(entry, &caches.budgets, budget).await,
+        ];
+        written?;
+        others.into_iter().collect::<Result<(), Error>>()?;
+        self.enlarge(entry, cluster, acted).await?;
         self.let_go(entry, seen, cluster).await?;
         self.roll(entry, cluster, acted).await
     }
@@ -131,11 +137,11 @@ impl Driver {
         let owned = live.filter(|l| l.owner_references().iter().any(|o| o.uid == entry.resource.uid()));
         let before = entry.applied.get(&key).filter(|a| a.hash == hash);
         if let Some(before) = before {
-            let same = owned.is_some_and(|live| mark(live) == before.mark);
+            let same = live.is_some_and(|live| mark(live) == before.mark);
             // The cache may not have come to it yet.
             let fresh = before.at.elapsed() < Duration::from_secs(2);
             match &before.conflict {
-                Some(text) if before.at.elapsed() < CONFLICT_AGAIN => {
+                Some(text) if same && before.at.elapsed() < CONFLICT_AGAIN => {
                     return Err(Error::FieldConflict { what: key, text: text.clone() });
                 }
                 None if same || fresh => return Ok(None),
@@ -146,6 +152,7 @@ impl Driver {
             entry.applied.insert(key, Applied { hash, mark, at, conflict: None });
             return Ok(None);
         }
+        let seen = live.map(mark).unwrap_or_default();
         let written = self.writer.apply(live, desired, entry.resource.uid()).await;
         let at = Instant::now();
         match written {
@@ -155,7 +162,7 @@ impl Driver {
             }
             Err(Error::FieldConflict { what, text }) => {
                 let conflict = Some(text.clone());
-                entry.applied.insert(key, Applied { hash, mark: String::new(), at, conflict });
+                entry.applied.insert(key, Applied { hash, mark: seen, at, conflict });
                 Err(Error::FieldConflict { what, text })
             }
             Err(error) => Err(error),
@@ -163,23 +170,41 @@ impl Driver {
     }
 
     /// Volumes grow, where their class lets them.
-    async fn enlarge(&self, keyspace: &Keyspace, cluster: &Cluster, acted: &mut Acted) -> Result<(), Error> {
+    async fn enlarge(&self, entry: &mut Entry, cluster: &Cluster, acted: &mut Acted) -> Result<(), Error> {
+        let keyspace = &*entry.resource;
         let size = &keyspace.spec.storage.size;
         for (store, claim) in &cluster.claims {
             let small = volumes::requested(claim).is_some_and(|has| has < size.bytes());
             if !small || claim.metadata.deletion_timestamp.is_some() || !cluster.pods.contains_key(store) {
                 continue;
             }
-            let change = serde_json::json!({"spec": {"resources": {"requests": {"storage": size.to_string()}}}});
-            match self.writer.merge(&**claim, change).await {
-                Ok(_) => self.crier.note(keyspace, "VolumeGrowing", &format!("{} grows to {size}", claim.name_any())),
-                Err(error @ Error::Refused { .. }) => acted.findings.push(Finding {
-                    reason: "VolumeNotGrown",
-                    message: format!("the volume of {store} can't grow to {size}: {error}"),
-                    store: Some(store.clone()),
-                }),
-                Err(error) => return Err(error),
-            }
+            let (key, hash) = (format!("claim {store}"), size.to_string());
+            let before = entry.applied.get(&key).filter(|a| a.hash == hash && a.mark == mark(&**claim));
+            let refused = before.filter(|a| a.at.elapsed() < CONFLICT_AGAIN).and_then(|a| a.conflict.clone());
+            let refused = match refused {
+                Some(refused) => refused,
+                None => {
+                    let change = serde_json::json!({"spec": {"resources": {"requests": {"storage": hash}}}});
+                    match self.writer.merge(&**claim, change).await {
+                        Ok(_) => {
+                            let text = format!("{} grows to {size}", claim.name_any());
+                            self.crier.note(keyspace, "VolumeGrowing", &text);
+                            continue;
+                        }
+                        Err(error @ Error::Refused { .. }) => {
+                            let (mark, at, conflict) = (mark(&**claim), Instant::now(), Some(error.to_string()));
+                            entry.applied.insert(key, Applied { hash, mark, at, conflict });
+                            error.to_string()
+                        }
+                        Err(error) => return Err(error),
+                    }
+                }
+            };
+            acted.findings.push(Finding {
+                reason: "VolumeNotGrown",
+                message: format!("the volume of {store} can't grow to {size}: {refused}"),
+                store: Some(store.clone()),
+            });
         }
         Ok(())
     }
@@ -210,14 +235,15 @@ impl Driver {
             };
             let claim = cluster.claims.get(store);
             let bound_here = cluster.is_gone(store) || reach == Some(Reach::Cordoned);
+            // The pod first: bound to what was seen of it, so that one that runs by now keeps its volume.
+            if pod.metadata.deletion_timestamp.is_none() {
+                self.writer.delete(&**pod).await?;
+                self.crier.note(&entry.resource, "PodReplaced", &format!("{} is deleted: {why}", pod.name_any()));
+            }
             if let Some(claim) = claim.filter(|c| bound_here && c.metadata.deletion_timestamp.is_none()) {
                 let text = format!("{} is deleted: {why}", claim.name_any());
                 self.writer.delete(&**claim).await?;
                 self.crier.note(&entry.resource, "VolumeReplaced", &text);
-            }
-            if pod.metadata.deletion_timestamp.is_none() {
-                self.writer.delete(&**pod).await?;
-                self.crier.note(&entry.resource, "PodReplaced", &format!("{} is deleted: {why}", pod.name_any()));
             }
         }
         Ok(())
@@ -307,7 +333,9 @@ fn replicas(
                 None => !claim(),
             }
     };
-    let live = live.unwrap_or(target);
+    // Where the StatefulSet is not seen, what stores report is.
+    let reporting = seen.keys().filter_map(|s| ordinal(s)).max().map_or(0, |n| n + 1);
+    let live = live.unwrap_or(target.max(reporting));
     let mut wanted = live.max(target);
     while wanted > target && may_go(&store_name(wanted - 1)) {
         wanted -= 1;

@@ -25,8 +25,6 @@ pub(crate) struct Entry {
     pub(crate) pace: Pace,
     /// What the planner was told last.
     pub(crate) observation: Option<Observation>,
-    /// Planner steps taken in a row.
-    pub(crate) steps: usize,
     /// The StatefulSet as last written.
     pub(crate) stores: Option<Arc<StatefulSet>>,
     /// The term in which the StatefulSet was written for the change under way.
@@ -61,7 +59,6 @@ impl Default for Entry {
             expected: Expected::default(),
             pace: Pace::default(),
             observation: None,
-            steps: 0,
             stores: None,
             guarded: None,
             applied: HashMap::new(),

@@ -126,15 +126,16 @@ impl Cluster {
         self.reach(store) == Some(Reach::Gone) || self.claims.get(store).is_some_and(|c| lost(c))
     }
 
-    /// With one copy of each shard: the store that must be emptied since its node is being drained. The request
-    /// bears the name of the pod's life, so that it ends with that, and begins anew on another node.
+    /// With one copy of each shard: the store that must be emptied since its node is being drained, and kept
+    /// empty, so that its pod and volume can go. The request bears the name of the pod's life, so that it ends
+    /// with that, and the store is filled anew on another node.
     pub(crate) fn leaving(&self, entry: &Entry) -> Option<ReplaceRequest> {
         if entry.resource.spec.replication_factor > 1 {
             return None;
         }
         let request = |store: &String| {
             let uid = self.pods.get(store)?.uid()?;
-            Some(ReplaceRequest { store: store.clone(), request: drain_request(&uid), accept_data_loss: false })
+            Some(ReplaceRequest { store: store.clone(), request: drain_request(&uid), hold: true, accept_data_loss: false })
         };
         let under_way = entry.topology.as_ref().and_then(|t| t.replace.as_ref()).map(|r| r.store.clone());
         let first = under_way.filter(|store| self.draining.contains(store));

@@ -4,7 +4,7 @@
 use vasto_client::v1::{Phase, Topology, View};
 
 use super::super::placement::view;
-use super::super::{Condition, NEAR, Observation, Presence, Wait, adopt, expected_share, placement, plan};
+use super::super::{Condition, NEAR, Observation, Presence, Room, Wait, adopt, expected_share, placement, plan};
 use super::sim::{KEYS, Sim, store_name};
 
 const CHANGE: [Phase; 5] = [Phase::Prepare, Phase::Switch, Phase::Fence, Phase::Drain, Phase::Cleanup];
@@ -111,6 +111,48 @@ fn replace_at_factor_1_makes_a_surge_replica_first() {
     assert_eq!(sim.status.as_ref().map(|t| t.replaced.as_str()), Some("r"));
     sim.round();
     assert_eq!(sim.last.as_ref().map(|o| o.stores_wanted.clone()), Some((0..3).map(store_name).collect()));
+}
+
+#[test]
+fn a_held_store_stays_empty_until_it_is_let_go() {
+    let mut sim = Sim::in_use(3, 1);
+    sim.replace("store-1", "r", false);
+    if let Some(request) = &mut sim.spec.replace {
+        request.hold = true;
+    }
+    assert!(sim.until(Phase::Cleanup) && sim.until(Phase::Stable));
+    for _ in 0..30 {
+        sim.round();
+        let t = sim.status.clone().expect("committed");
+        let named = t.views().flat_map(View::places).any(|p| p.assignment.store == "store-1");
+        assert!(!named && sim.stores["store-1"].replicas.is_empty(), "its volume may go at any moment: {t:?}");
+    }
+    let t = sim.status.clone().expect("committed");
+    assert!(t.phase() == Phase::Stable && t.replace.is_some_and(|r| r.emptied));
+    sim.spec.replace = None;
+    sim.settled();
+}
+
+#[test]
+fn a_shrink_waits_for_room() {
+    let mut sim = Sim::in_use(4, 1);
+    let state = sim.status.clone().expect("committed");
+    sim.scale(2, 1);
+    let mut seen = sim.observe(false);
+    for (name, presence) in &mut seen.stores {
+        if let Presence::Living(Some(report)) = presence {
+            report.replicas.iter_mut().for_each(|r| r.bytes = 1 << 30);
+            let free = if name == "store-1" { 1 << 30 } else { 8 << 30 };
+            seen.room.insert(name.clone(), Room { free, size: 16 << 30 });
+        }
+    }
+    // 4 GiB on 4 stores become 2 GiB on each of 2: one more each, and 64 MiB stay free.
+    let outcome = plan(&sim.spec, Some(&state), &seen);
+    let wait = Wait::NoRoom { store: "store-1".into(), need: 1 << 30, free: (1 << 30) - (64 << 20) };
+    assert_eq!((outcome.next.map(|t| t.phase()), outcome.waits), (Some(Phase::Stable), vec![wait]));
+    seen.room.insert("store-1".into(), Room { free: 2 << 30, size: 16 << 30 });
+    let outcome = plan(&sim.spec, Some(&state), &seen);
+    assert_eq!(outcome.next.map(|t| t.phase()), Some(Phase::Prepare));
 }
 
 #[test]

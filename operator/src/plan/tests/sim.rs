@@ -132,7 +132,7 @@ impl Sim {
     }
 
     pub(super) fn replace(&mut self, store: &str, request: &str, accept_data_loss: bool) {
-        self.spec.replace = Some(ReplaceRequest { store: store.into(), request: request.into(), accept_data_loss });
+        self.spec.replace = Some(ReplaceRequest { store: store.into(), request: request.into(), hold: false, accept_data_loss });
     }
 
     pub(super) fn store(&mut self, name: &str) -> &mut Store {
@@ -217,7 +217,7 @@ impl Sim {
 
     // ---- the operator ----
 
-    fn observe(&mut self, behind: bool) -> Observation {
+    pub(super) fn observe(&mut self, behind: bool) -> Observation {
         let mut seen = Observation::new(store_name);
         for (name, store) in &self.stores {
             if store.alive && store.linked {
