@@ -174,10 +174,9 @@ impl Counts {
             "Operations of clients by how they ended; refused ones were not executed",
             operations.clone(),
         );
-        let latency =
-            Family::<[(&'static str, &'static str); 1], Histogram, _>::new_with_constructor((|| {
-                Histogram::new(BUCKETS)
-            }) as fn() -> Histogram);
+        let latency = Family::<[(&'static str, &'static str); 1], Histogram, _>::new_with_constructor(
+            (|| Histogram::new(BUCKETS)) as fn() -> Histogram,
+        );
         registry.register_with_unit(
             "store_batch_duration",
             "Time that one replica took for its part of a client's batch",
@@ -186,9 +185,8 @@ impl Counts {
         );
         Self {
             operations: Operation::ALL.map(|(_, operation)| {
-                Ending::ALL.map(|(_, result)| {
-                    operations.get_or_create_owned(&[("operation", operation), ("result", result)])
-                })
+                Ending::ALL
+                    .map(|(_, result)| operations.get_or_create_owned(&[("operation", operation), ("result", result)]))
             }),
             read: latency.get_or_create_owned(&[("kind", "read")]),
             write: latency.get_or_create_owned(&[("kind", "write")]),
@@ -279,7 +277,8 @@ fn families(report: &StoreReport, connected: bool, cache: (u64, u64), usage: &Sh
         let name = topology.map(|t| &t.name).filter(|n| !n.is_empty()).unwrap_or(&keyspace.uid);
         versions.push((vec![("keyspace", name.clone())], keyspace.version));
         // By store: replica ids are drawn anew again and again.
-        let store = |id| topology.into_iter().flat_map(|t| t.views()).find_map(|v| Some(v.place(id)?.assignment.store.clone()));
+        let store =
+            |id| topology.into_iter().flat_map(|t| t.views()).find_map(|v| Some(v.place(id)?.assignment.store.clone()));
         for replica in &keyspace.replicas {
             faults += u64::from(!replica.fault.is_empty());
             if !replica.born {
@@ -307,7 +306,12 @@ fn families(report: &StoreReport, connected: bool, cache: (u64, u64), usage: &Sh
     let mut all = Vec::new();
     let mut add = |name, help, unit: &Option<Unit>, rows| all.push(Gauges { name, help, unit: unit.clone(), rows });
 
-    add("store_replica_lag_records", "Changes of a source that the replica has not applied yet.", &None, lags.collect());
+    add(
+        "store_replica_lag_records",
+        "Changes of a source that the replica has not applied yet.",
+        &None,
+        lags.collect(),
+    );
     add("store_replica_records", "Records, estimated.", &None, by_shard(&sizes, |s| s.0));
     add("store_replica", "Bytes of a replica's files and memtables, estimated.", &bytes, by_shard(&sizes, |s| s.1));
     add("store_replica_faults", "Replicas that a person must look at.", &None, one(faults));
@@ -357,7 +361,8 @@ mod tests {
         assert_eq!(operations(r#"operation="put",result="ok""#), Some(4.0), "{text}");
         assert_eq!(operations(r#"operation="scan",result="failed""#), Some(2.0));
         assert_eq!(operations(r#"operation="get",result="refused""#), Some(0.0), "each is there from the start");
-        let bucket = |le| value(&text, &format!(r#"vasto_store_batch_duration_seconds_bucket{{le="{le}",kind="write"}}"#));
+        let bucket =
+            |le| value(&text, &format!(r#"vasto_store_batch_duration_seconds_bucket{{le="{le}",kind="write"}}"#));
         assert_eq!((bucket("0.00025"), bucket("0.0005")), (Some(0.0), Some(1.0)), "{text}");
         assert!(text.ends_with("# EOF\n"));
     }
@@ -377,8 +382,10 @@ mod tests {
     #[test]
     fn each_set_of_labels_comes_once_and_the_unknown_is_left_out() {
         let place = |store: &str, replica| Assignment { store: store.into(), replica, serving: true };
-        let shards = [[1, 2], [3, 4]].map(|ids| Shard { replicas: ids.map(|id| place(["a", "b"][id as usize % 2], id)).to_vec() });
-        let topology = Topology { name: "shop/p".into(), current: Some(View { shards: shards.to_vec() }), ..Topology::default() };
+        let shards = [[1, 2], [3, 4]]
+            .map(|ids| Shard { replicas: ids.map(|id| place(["a", "b"][id as usize % 2], id)).to_vec() });
+        let topology =
+            Topology { name: "shop/p".into(), current: Some(View { shards: shards.to_vec() }), ..Topology::default() };
         let source = |replica, lag| SourceReport { replica, lag, ..SourceReport::default() };
         let replica = ReplicaReport {
             born: true,
@@ -387,15 +394,23 @@ mod tests {
             sources: vec![source(2, 5), source(4, 9), source(3, u64::MAX)],
             ..ReplicaReport::default()
         };
-        let broken = ReplicaReport { fault: "torn".into(), ..ReplicaReport::default() };
+        // Not born: of what it has nothing is known.
+        let sources = vec![source(2, 0)];
+        let broken = ReplicaReport { shard: 1, fault: "torn".into(), sources, ..ReplicaReport::default() };
         let report = StoreReport {
-            keyspaces: vec![KeyspaceReport { version: 3, topology: Some(topology), replicas: vec![replica, broken], ..KeyspaceReport::default() }],
+            keyspaces: vec![KeyspaceReport {
+                version: 3,
+                topology: Some(topology),
+                replicas: vec![replica, broken],
+                ..KeyspaceReport::default()
+            }],
             disk: Some(Disk { size_bytes: 1 << 30, free_bytes: 1 << 20 }),
             ..StoreReport::default()
         };
         let all = families(&report, true, (8, 2), &Shards::new());
         let rows = |name: &str| &all.iter().find(|f| f.name == name).unwrap().rows;
-        let labels = |labels: &[(&'static str, &str)]| labels.iter().map(|(k, v)| (*k, (*v).to_owned())).collect::<Labels>();
+        let labels =
+            |labels: &[(&'static str, &str)]| labels.iter().map(|(k, v)| (*k, (*v).to_owned())).collect::<Labels>();
         let shard = [("keyspace", "shop/p"), ("shard", "0")];
         assert_eq!(*rows("store_replica_lag_records"), [(labels(&[shard[0], shard[1], ("source", "a")]), 9)]);
         assert_eq!(*rows("store_replica_records"), [(labels(&shard), 7)]);

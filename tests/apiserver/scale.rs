@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use futures::StreamExt;
 use k8s_openapi::api::core::v1::{ConfigMap, Pod, Secret};
+use kube::ResourceExt;
 use kube::api::{Api, ListParams};
 use serde_json::json;
 use vasto_crds::{Keyspace, Phase};
@@ -52,13 +53,17 @@ async fn many_keyspaces_amid_foreign_objects() {
             async move {
                 // Those without stores wait: paused, nothing is made for them.
                 let spec = json!({"shards": 1, "replicationFactor": 1, "paused": n >= with_stores});
-                create::<Keyspace>(&client, Some(&namespace), json!({"metadata": {"name": format!("ks-{n}")}, "spec": spec}))
-                    .await;
+                create::<Keyspace>(
+                    &client,
+                    Some(&namespace),
+                    json!({"metadata": {"name": format!("ks-{n}")}, "spec": spec}),
+                )
+                .await;
             }
         })
         .await;
     println!("{keyspaces} keyspaces made after {:.1} s", began.elapsed().as_secs_f64());
-    let deadline = Instant::now() + Duration::from_secs(400);
+    let deadline = Instant::now() + Duration::from_secs(number("VASTO_SCALE_SECONDS", 300) as u64);
     let mut said = Instant::now();
     loop {
         let all = bench.keyspaces().list(&ListParams::default()).await.unwrap();
@@ -67,7 +72,15 @@ async fn many_keyspaces_amid_foreign_objects() {
         if ready == with_stores && pending == keyspaces - with_stores {
             break;
         }
-        assert!(Instant::now() < deadline, "{ready} of {with_stores} ready, {pending} pending");
+        if Instant::now() > deadline {
+            let stuck = |k: &&Keyspace| !k.spec.paused && k.status.as_ref().and_then(|s| s.phase) != Some(Phase::Ready);
+            for keyspace in all.iter().filter(stuck).take(3) {
+                println!("{:#}", serde_json::to_value(keyspace).unwrap());
+                let pod = bench.pods().get_opt(&format!("{}-store-0", keyspace.name_any())).await.unwrap();
+                println!("{:#}", serde_json::to_value(pod).unwrap());
+            }
+            panic!("{ready} of {with_stores} ready, {pending} pending\n{}", bench.fleet.describe());
+        }
         if said.elapsed() > Duration::from_secs(10) {
             println!("{ready} of {with_stores} ready, {pending} pending after {:.0} s", began.elapsed().as_secs_f64());
             said = Instant::now();
@@ -86,7 +99,9 @@ async fn many_keyspaces_amid_foreign_objects() {
         let writes = operator.tap.writes();
         let spent = processor_seconds() - processor;
         if writes.is_empty() {
-            println!("at rest: no write in {quiet:?}; this process (operator and {with_stores} stores) took {spent:.2} s of processor time");
+            println!(
+                "at rest: no write in {quiet:?}; this process (operator and {with_stores} stores) took {spent:.2} s of processor time"
+            );
             break;
         }
         let first: Vec<String> = writes.iter().take(5).map(crate::tap::Write::brief).collect();
@@ -102,7 +117,12 @@ async fn many_keyspaces_amid_foreign_objects() {
 
     // One more is as quick as the first.
     let began = Instant::now();
-    create::<Keyspace>(&client, Some(&namespace), json!({"metadata": {"name": "packages"}, "spec": {"shards": 2, "replicationFactor": 2}})).await;
+    create::<Keyspace>(
+        &client,
+        Some(&namespace),
+        json!({"metadata": {"name": "packages"}, "spec": {"shards": 2, "replicationFactor": 2}}),
+    )
+    .await;
     bench.settled(2, 2).await;
     println!("one more was ready after {:?}", began.elapsed());
 
@@ -118,8 +138,13 @@ async fn many_keyspaces_amid_foreign_objects() {
         began.elapsed(),
         mebibytes(resident(me).saturating_sub(before))
     );
-    let others: Vec<String> =
-        operator.tap.writes().iter().filter(|w| w.path.contains("/ks-") && !w.path.ends_with("/status")).map(crate::tap::Write::brief).collect();
+    let others: Vec<String> = operator
+        .tap
+        .writes()
+        .iter()
+        .filter(|w| w.path.contains("/ks-") && !w.path.ends_with("/status"))
+        .map(crate::tap::Write::brief)
+        .collect();
     assert_eq!(others, Vec::<String>::new(), "a takeover changes nothing");
     operator.tap.clean();
 }

@@ -39,7 +39,8 @@ pub type Life = (String, u64);
 impl Run {
     /// Makes the cluster and what is to be put into it.
     pub fn begin(reuse: bool) -> anyhow::Result<Self> {
-        let target = std::env::var("CARGO_TARGET_DIR").context("CARGO_TARGET_DIR is not set: start this by ./dev e2e")?;
+        let target =
+            std::env::var("CARGO_TARGET_DIR").context("CARGO_TARGET_DIR is not set: start this by ./dev e2e")?;
         let folder = PathBuf::from(target).join("e2e");
         std::fs::create_dir_all(&folder)?;
         let kube = Kube { kubeconfig: folder.join("kubeconfig") };
@@ -78,7 +79,8 @@ impl Run {
         install::be_installed(self)?;
         for other in self.kube.list(&["keyspaces"])?.iter().map(name).filter(|name| *name != PACKAGES) {
             self.kube.ctl(&["delete", "keyspace", other])?;
-            self.kube.ctl_within(90, &["delete", "persistentvolumeclaims", "-l", &format!("vasto.io/keyspace={other}")])?;
+            self.kube
+                .ctl_within(90, &["delete", "persistentvolumeclaims", "-l", &format!("vasto.io/keyspace={other}")])?;
         }
         if self.kube.get(&["keyspace", PACKAGES])?.is_none() {
             install::apply_the_example(self)?;
@@ -101,9 +103,11 @@ impl Run {
     pub fn start_load(&mut self, settings: &[&str]) -> anyhow::Result<()> {
         self.loads += 1;
         let range = format!("{}-{}", std::process::id(), self.loads);
+        // A pod that is still ending has its name to itself.
+        let pod = format!("load-{range}");
         let given = format!("{}/{}", cluster::SHARED, install::INDEX);
         let settings = [settings, &["--range", &range, "--given", &given]].concat();
-        let load = Load::start(&self.kube, "load", PACKAGES, &settings)?;
+        let load = Load::start(&self.kube, &pod, PACKAGES, &settings)?;
         self.load = Some(load);
         Ok(())
     }

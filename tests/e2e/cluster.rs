@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::Context as _;
 
 use crate::base::checkout;
-use crate::kube::{Kube, Seen, condition, name, until};
+use crate::kube::{Kube, Seen, condition, name, uid, until};
 use crate::process::{command, succeed};
 
 const CLUSTER: &str = "vasto-e2e";
@@ -72,6 +72,18 @@ pub fn restart_every_node() -> anyhow::Result<()> {
     nodes.rotate_left(1);
     let all: Vec<&str> = nodes.iter().map(String::as_str).collect();
     docker(&[&["start"], all.as_slice()].concat()).map(drop)
+}
+
+/// Sends a signal to the vasto process of a pod, as its node's kernel might.
+pub fn signal(pod: &serde_json::Value, signal: &str) -> anyhow::Result<()> {
+    let node = pod["spec"]["nodeName"].as_str().context("the pod is on no node")?;
+    let uid = uid(pod);
+    // The kubelet writes a pod's uid into its cgroup with underscores.
+    let script = format!(
+        "for p in $(pgrep -x vasto); do grep -qE '{uid}|{}' /proc/$p/cgroup && kill -{signal} $p && n=1; done; [ $n ]",
+        uid.replace('-', "_")
+    );
+    docker(&["exec", node, "sh", "-c", &script]).map(drop)
 }
 
 /// Whether every node is ready and takes pods.

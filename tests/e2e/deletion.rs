@@ -19,7 +19,8 @@ fn delete(run: &Run, keyspace: &str) -> anyhow::Result<()> {
     run.kube.ctl_within(90, &["delete", "keyspace", keyspace, "--timeout=60s"])?;
     let labels = format!("vasto.io/keyspace={keyspace}");
     until(&format!("nothing of {keyspace} runs"), 120, || {
-        let left = run.kube.ctl(&["get", "pods,statefulsets,services,poddisruptionbudgets", "-l", &labels, "-o", "name"])?;
+        let left =
+            run.kube.ctl(&["get", "pods,statefulsets,services,poddisruptionbudgets", "-l", &labels, "-o", "name"])?;
         Ok(Seen::when(left.trim().is_empty(), || left.replace('\n', " ")))
     })
 }
@@ -51,7 +52,11 @@ pub fn both_policies(run: &mut Run) -> anyhow::Result<()> {
     })?;
     let answer = run.vasto(&["--timeout", "3s", "get", "kept", "hello"]);
     ensure!(answer.is_err(), "what was retained is served by another keyspace: {answer:?}");
-    ensure!(run.volumes("kept")? == kept, "the retained volumes were touched: {:?}, before {kept:?}", run.volumes("kept")?);
+    ensure!(
+        run.volumes("kept")? == kept,
+        "the retained volumes were touched: {:?}, before {kept:?}",
+        run.volumes("kept")?
+    );
 
     // The remedy: whoever doesn't want them deletes them.
     delete(run, "kept")?;

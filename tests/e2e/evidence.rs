@@ -15,7 +15,8 @@ pub fn collect(run: &Run, step: &str, error: &str) -> PathBuf {
         return folder;
     }
     keep(&folder, "error.txt", error);
-    let all = "pods,statefulsets,services,persistentvolumeclaims,persistentvolumes,poddisruptionbudgets,deployments,leases";
+    let all =
+        "pods,statefulsets,services,persistentvolumeclaims,persistentvolumes,poddisruptionbudgets,deployments,leases";
     for (file, args) in [
         ("keyspaces.yaml", &["get", "keyspaces", "-A", "-o", "yaml"][..]),
         ("keyspaces.txt", &["describe", "keyspaces", "-A"]),

@@ -38,7 +38,8 @@ fn package(run: &Run) -> anyhow::Result<String> {
 pub fn release(run: &Run, tag: &str, values: &[&str]) -> anyhow::Result<()> {
     let package = package(run)?;
     let tag = format!("image.tag={tag}");
-    let mut args = vec!["upgrade", "--install", "vasto", &package, "-n", SYSTEM, "--create-namespace", "--reset-values"];
+    let mut args =
+        vec!["upgrade", "--install", "vasto", &package, "-n", SYSTEM, "--create-namespace", "--reset-values"];
     args.extend(["--set", "image.repository=vasto", "--set", &tag]);
     for value in values {
         args.extend(["--set", value]);
@@ -49,7 +50,7 @@ pub fn release(run: &Run, tag: &str, values: &[&str]) -> anyhow::Result<()> {
 }
 
 /// Waits until only pods of the newest template are there, and all of them are ready.
-fn rolled_out(run: &Run) -> anyhow::Result<()> {
+pub fn rolled_out(run: &Run) -> anyhow::Result<()> {
     let args = ["-n", SYSTEM, "rollout", "status", "deployment/vasto-operator", "--timeout=170s"];
     run.kube.ctl_within(180, &args)?;
     let deployment = || run.kube.get(&["-n", SYSTEM, "deployment", "vasto-operator"]);
@@ -161,6 +162,10 @@ pub fn uninstall_and_return(run: &mut Run) -> anyhow::Result<()> {
     crate::operator::works(run)?;
     run.settled(PACKAGES, 3, 2, 120)?;
     ensure!(run.lives(PACKAGES)? == lives, "a store was restarted: {:?}, before {lives:?}", run.lives(PACKAGES)?);
-    ensure!(run.replicas(PACKAGES)? == replicas, "replicas are made anew: {:?}, before {replicas:?}", run.replicas(PACKAGES)?);
+    ensure!(
+        run.replicas(PACKAGES)? == replicas,
+        "replicas are made anew: {:?}, before {replicas:?}",
+        run.replicas(PACKAGES)?
+    );
     Ok(())
 }

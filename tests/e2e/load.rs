@@ -104,7 +104,8 @@ impl Load {
     /// What it complained of.
     pub fn words(&self) -> anyhow::Result<String> {
         let log = self.kube.ctl(&["logs", &self.pod])?;
-        let told = |line: &&str| ["{\"failed\"", "{\"lost\"", "{\"unknown\""].iter().any(|start| line.starts_with(start));
+        let told =
+            |line: &&str| ["{\"failed\"", "{\"lost\"", "{\"unknown\""].iter().any(|start| line.starts_with(start));
         Ok(log.lines().filter(told).take(10).collect::<Vec<_>>().join("\n"))
     }
 

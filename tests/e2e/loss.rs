@@ -84,7 +84,8 @@ pub fn drain_a_node_with_the_only_copy(run: &mut Run) -> anyhow::Result<()> {
          spec: {shards: 2, replicationFactor: 1}\n",
     )?;
     run.settled("single", 2, 1, 120)?;
-    let load = Load::start(&run.kube, "load-single", "single", &["--keys", "400", "--pause-ms", "80"])?;
+    let pod = format!("{}-single", run.load()?.pod());
+    let load = Load::start(&run.kube, &pod, "single", &["--keys", "400", "--pause-ms", "80"])?;
     let node = run.node_of("single-store-0")?;
     drain(run, &node, 240)?;
     load.more(500)?;
@@ -120,7 +121,9 @@ pub fn restart_every_node(run: &mut Run) -> anyhow::Result<()> {
     until("every store is back", 240, || {
         let pods = run.pods(PACKAGES)?;
         let back = pods.iter().map(restarts).sum::<u64>() >= lives + 3 && pods.iter().all(ready);
-        Ok(Seen::when(back, || pods.iter().map(|p| format!("{} {}", restarts(p), ready(p))).collect::<Vec<_>>().join(", ")))
+        Ok(Seen::when(back, || {
+            pods.iter().map(|p| format!("{} {}", restarts(p), ready(p))).collect::<Vec<_>>().join(", ")
+        }))
     })?;
     let after: Vec<String> = run.pods(PACKAGES)?.iter().map(address).collect();
     run.say(format!("stores back after {:.1} s, {addresses:?} are {after:?}", start.elapsed().as_secs_f64()));

@@ -67,6 +67,7 @@ const STEPS: &[Step] = &[
     step("upgrade the operator", rollout::upgrade_the_operator),
     step("downgrade the operator", rollout::downgrade_the_operator),
     step("kill the leading operator", operator::kill_the_leader),
+    step("freeze the leading operator", operator::freeze_the_leader),
     step("a pod's death while the operator is away", operator::death_in_its_absence),
     step("apply each bad YAML", refused::each_bad_yaml),
     step("delete with both policies", deletion::both_policies),

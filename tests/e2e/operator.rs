@@ -5,8 +5,9 @@ use std::time::Instant;
 use anyhow::{Context as _, ensure};
 
 use crate::base::{PACKAGES, Run, SYSTEM};
-use crate::install::{operators, operators_wanted};
-use crate::kube::{Seen, name, uid, until};
+use crate::cluster;
+use crate::install::{operators, operators_wanted, rolled_out};
+use crate::kube::{Seen, name, restarts, uid, until};
 
 /// The pod that holds the Lease.
 fn leader(run: &Run) -> anyhow::Result<String> {
@@ -31,21 +32,45 @@ pub fn works(run: &Run) -> anyhow::Result<()> {
     })
 }
 
+/// The pod of this name.
+fn operator(run: &Run, pod: &str) -> anyhow::Result<serde_json::Value> {
+    operators(run)?.into_iter().find(|p| name(p) == pod).with_context(|| format!("there is no operator {pod}"))
+}
+
+/// Without a farewell: nothing lets go of the Lease.
 pub fn kill_the_leader(run: &mut Run) -> anyhow::Result<()> {
-    let old = leader(run)?;
+    let pod = operator(run, &leader(run)?)?;
     let lives = run.lives(PACKAGES)?;
     let start = Instant::now();
-    // As if its node had gone: nothing lets go of the Lease.
-    run.kube.ctl(&["-n", SYSTEM, "delete", "pod", &old, "--force", "--grace-period=0"])?;
-    let new = until("another leader", 60, || {
-        let now = leader(run)?;
-        Ok(if now != old && !now.is_empty() { Seen::Yes(now) } else { Seen::No(now) })
+    cluster::signal(&pod, "KILL")?;
+    until("the operator's end is seen", 60, || {
+        let now = restarts(&operator(run, name(&pod))?);
+        Ok(Seen::when(now > restarts(&pod), || format!("{now} restarts")))
     })?;
-    run.say(format!("{new} led after {:.1} s", start.elapsed().as_secs_f64()));
     works(run)?;
+    run.say(format!("a leader acts after {:.1} s", start.elapsed().as_secs_f64()));
     run.load()?.more(1_000)?;
     ensure!(run.lives(PACKAGES)? == lives, "a store was restarted");
-    operators_wanted(run, 2)
+    rolled_out(run)
+}
+
+/// It stands still until another leads, and then believes for a moment that it still does.
+pub fn freeze_the_leader(run: &mut Run) -> anyhow::Result<()> {
+    let pod = operator(run, &leader(run)?)?;
+    let lives = run.lives(PACKAGES)?;
+    let start = Instant::now();
+    cluster::signal(&pod, "STOP")?;
+    let led = until("another leader", 60, || {
+        let now = leader(run)?;
+        Ok(if now != name(&pod) && !now.is_empty() { Seen::Yes(now) } else { Seen::No(now) })
+    });
+    run.say(format!("another led after {:.1} s", start.elapsed().as_secs_f64()));
+    let works = led.and_then(|_| works(run));
+    cluster::signal(&pod, "CONT")?;
+    works?;
+    run.load()?.more(1_000)?;
+    ensure!(run.lives(PACKAGES)? == lives, "a store was restarted");
+    rolled_out(run)
 }
 
 /// A store dies and comes back, and serves again, with nobody there to ask.

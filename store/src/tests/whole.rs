@@ -42,7 +42,8 @@ fn server(host: &Arc<Host>) -> Server {
 
 /// One shard, on the first of these stores and so on; 0: to be made.
 fn view(replicas: &[u64]) -> Option<View> {
-    let place = |(i, replica): (usize, &u64)| Assignment { store: format!("store-{i}"), replica: *replica, serving: true };
+    let place =
+        |(i, replica): (usize, &u64)| Assignment { store: format!("store-{i}"), replica: *replica, serving: true };
     Some(View { shards: vec![Shard { replicas: replicas.iter().enumerate().map(place).collect() }] })
 }
 
@@ -162,8 +163,27 @@ async fn its_own_data_beside_anothers_is_reported_as_it_was_left() {
     assert_eq!((born(&report), report.keyspaces[0].version), (Some(id), 3), "nobody takes the store for empty");
     assert!(host.ready().unwrap_err().contains("other"));
     let keyspace = host.keyspace(UID).unwrap();
+    // As a peer that it follows brings one.
+    keyspace.install(update(stable(UID, 4, &[id]))).await;
+    assert_eq!(keyspace.version(), 3);
     keyspace.confirm(9);
     assert!(!keyspace.is_confirmed(), "it may not know what is current");
+    host.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn beside_anothers_data_no_candidate_is_made_anew() {
+    let dir = tempfile::tempdir().unwrap();
+    let before = host(dir.path(), Some(UID));
+    before.install(update(prepare(UID, 1, &[0]))).await;
+    let id = candidate(&before.report());
+    before.stop().await;
+    drop(before);
+    std::fs::create_dir_all(dir.path().join("keyspaces/other")).unwrap();
+    let host = host(dir.path(), Some(UID));
+    host.resume().await;
+    let report = host.report();
+    assert_eq!((report.keyspaces[0].replicas.len(), candidate(&report)), (1, id));
     host.stop().await;
 }
 
@@ -214,12 +234,23 @@ async fn a_store_is_ready_when_it_serves_what_it_is_assigned() {
     assert!(again.ready().unwrap_err().contains("a sync failed"));
     again.leave();
     assert!(again.ready().unwrap_err().contains("stopping"));
+    // At once, whatever the writer is at.
+    let answers = server(&again).answer(batch([putting(1, "key")])).await;
+    assert!(
+        refusal(&answers[0]).is_some_and(|(code, words)| code == FailureCode::NotReady && words.contains("stopping"))
+    );
     again.stop().await;
     drop(again);
 
     std::fs::remove_dir_all(dir.path().join("keyspaces").join(UID).join(format!("replicas/{id:016x}/db"))).unwrap();
     let broken = host(dir.path(), None);
     assert!(broken.ready().unwrap_err().contains("gone or empty"));
+    broken.stop().await;
+    drop(broken);
+
+    std::fs::write(dir.path().join("keyspaces").join(UID).join("topology.pb"), "torn").unwrap();
+    let why = host(dir.path(), None).ready().unwrap_err();
+    assert!(why.contains("can't be opened") && why.contains(UID), "{why}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -246,11 +277,15 @@ async fn a_leaving_store_refuses_writes_answers_reads_and_waits_for_its_follower
         }
     };
     let refused = tokio::time::timeout(PATIENCE, refused).await.unwrap();
+    assert!(host.ready().unwrap_err().contains("stopping"));
     assert_eq!(refused.code, FailureCode::NotReady);
     assert!(refused.message.contains("stopping"), "{refused:?}");
     let answers = server.answer(batch([putting(3, "late"), getting(4, "key")])).await;
     let put = answers.iter().find(|a| a.id == 3).unwrap();
-    assert_eq!(refusal(put).map(|(code, words)| (code, words.contains("stopping"))), Some((FailureCode::NotReady, true)));
+    assert_eq!(
+        refusal(put).map(|(code, words)| (code, words.contains("stopping"))),
+        Some((FailureCode::NotReady, true))
+    );
     assert!(found(answers.iter().find(|a| a.id == 4).unwrap()));
 
     let last = replica.progress.last_seq();
@@ -303,7 +338,8 @@ impl Operator {
     }
 
     fn says(&self, topology: Topology, addresses: &[String]) {
-        let address = |(i, address): (usize, &String)| StoreAddress { store: format!("store-{i}"), address: address.clone() };
+        let address =
+            |(i, address): (usize, &String)| StoreAddress { store: format!("store-{i}"), address: address.clone() };
         let addresses = addresses.iter().enumerate().map(address).collect();
         self.says.send_replace(StoreUpdate { keyspaces: vec![KeyspaceUpdate { topology: Some(topology), addresses }] });
     }
@@ -479,9 +515,8 @@ async fn a_store_leaves_when_its_followers_have_all_that_it_took() {
     let begin = Instant::now();
     first.stopped().await;
     assert!(begin.elapsed() < Duration::from_secs(4), "the whole bound has passed: {:?}", begin.elapsed());
-    let last = until(&mut reported, |r| {
-        (r.stopping && r.store == "store-0").then(|| r.keyspaces[0].replicas[0].last_seq)
-    });
+    let last =
+        until(&mut reported, |r| (r.stopping && r.store == "store-0").then(|| r.keyspaces[0].replicas[0].last_seq));
     let last = last.await;
     let synced = |r: &StoreReport| {
         let replica = r.keyspaces.first()?.replicas.iter().find(|r| r.id == ids[1])?;
@@ -515,7 +550,8 @@ async fn a_running_stores_metrics_are_well_formed() {
     second.answers([putting(1, "key")]).await;
     let text = second.monitor.encode();
     assert!(text.ends_with("# EOF\n"), "{text}");
-    let series: Vec<&str> = text.lines().filter(|l| !l.starts_with('#')).filter_map(|l| l.rsplit_once(' ')).map(|(s, _)| s).collect();
+    let series: Vec<&str> =
+        text.lines().filter(|l| !l.starts_with('#')).filter_map(|l| l.rsplit_once(' ')).map(|(s, _)| s).collect();
     let mut once = series.clone();
     once.sort_unstable();
     once.dedup();

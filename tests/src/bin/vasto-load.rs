@@ -109,7 +109,8 @@ async fn main() -> ExitCode {
 
 /// Puts a question to a running load and prints the answer.
 async fn ask(socket: &Path, question: &str) -> anyhow::Result<ExitCode> {
-    let stream = UnixStream::connect(socket).await.with_context(|| format!("no load answers at {}", socket.display()))?;
+    let stream =
+        UnixStream::connect(socket).await.with_context(|| format!("no load answers at {}", socket.display()))?;
     let mut stream = BufReader::new(stream);
     stream.write_all(format!("{question}\n").as_bytes()).await?;
     let mut answer = String::new();
@@ -154,7 +155,8 @@ async fn run(args: Args) -> anyhow::Result<ExitCode> {
 
     // A socket that a killed load left behind.
     let _ = std::fs::remove_file(&args.socket);
-    let listener = UnixListener::bind(&args.socket).with_context(|| format!("can't listen at {}", args.socket.display()))?;
+    let listener =
+        UnixListener::bind(&args.socket).with_context(|| format!("can't listen at {}", args.socket.display()))?;
     tokio::spawn(answer(load.clone(), listener, args.settle));
     let running = load.clone();
     let mut running = tokio::spawn(async move { running.run().await });
