@@ -26,8 +26,6 @@ pub fn checkout() -> &'static Path {
 /// One run of the tier.
 pub struct Run {
     pub kube: Kube,
-    /// Files of the run: the chart's package, the package index, the kubeconfig.
-    pub folder: PathBuf,
     load: Option<Load>,
     loads: u32,
     said: Vec<String>,
@@ -43,9 +41,10 @@ impl Run {
             std::env::var("CARGO_TARGET_DIR").context("CARGO_TARGET_DIR is not set: start this by ./dev e2e")?;
         let folder = PathBuf::from(target).join("e2e");
         std::fs::create_dir_all(&folder)?;
-        let kube = Kube { kubeconfig: folder.join("kubeconfig") };
+        let kube = Kube { folder };
+        install::put_the_plugin(&kube)?;
         cluster::make(&kube, reuse)?;
-        let mut run = Self { kube, folder, load: None, loads: 0, said: Vec::new() };
+        let mut run = Self { kube, load: None, loads: 0, said: Vec::new() };
         run.give_up_the_load();
         install::package_the_chart(&run)?;
         Ok(run)
@@ -135,6 +134,7 @@ impl Run {
         let verdict = load.verify()?;
         ensure!(verdict["lost"] == 0, "lost: {verdict}");
         self.check(PACKAGES)?;
+        self.every_operator_serves()?;
         let counts = load.mark()?;
         ensure!(counts["failed"] == 0 && counts["lost"] == 0, "the load: {counts}; it says:\n{}", load.words()?);
         ensure!(counts["operations"].as_u64() > Some(0), "the load stood still: {counts}");
@@ -145,6 +145,17 @@ impl Run {
             counts["p99_ms"].as_f64().unwrap_or_default(),
             counts["longest_ms"].as_f64().unwrap_or_default()
         ))
+    }
+
+    /// Each of the operators tells clients where the data is, whether it leads or not.
+    fn every_operator_serves(&self) -> anyhow::Result<()> {
+        install::rolled_out(self)?;
+        for pod in install::operators(self)? {
+            let address = format!("{}:8278", pod["status"]["podIP"].as_str().unwrap_or_default());
+            let exec = ["exec", self.load()?.pod(), "--", "vasto", "--operator", &address, "get", PACKAGES, "bash"];
+            self.kube.ctl(&exec).with_context(|| format!("by the operator {}", name(&pod)))?;
+        }
+        Ok(())
     }
 
     /// Compares all copies of a keyspace, as `vasto check` does.

@@ -31,7 +31,7 @@ pub fn make(kube: &Kube, reuse: bool) -> anyhow::Result<()> {
         let mut kind = command("kind", 300);
         let config = checkout().join("tests/kube/cluster.yaml");
         kind.args(["create", "cluster", "--name", CLUSTER, "--image", NODE_IMAGE, "--wait", "180s", "--quiet"]);
-        kind.arg("--config").arg(config).arg("--kubeconfig").arg(&kube.kubeconfig);
+        kind.arg("--config").arg(config).arg("--kubeconfig").arg(kube.config());
         succeed(kind, "")?;
     }
     // The same content under another name is another image to Kubernetes.
@@ -45,7 +45,7 @@ pub fn make(kube: &Kube, reuse: bool) -> anyhow::Result<()> {
 /// Ends the cluster.
 pub fn delete(kube: &Kube) -> anyhow::Result<()> {
     let mut kind = command("kind", 120);
-    kind.args(["delete", "cluster", "--name", CLUSTER]).arg("--kubeconfig").arg(&kube.kubeconfig);
+    kind.args(["delete", "cluster", "--name", CLUSTER]).arg("--kubeconfig").arg(kube.config());
     succeed(kind, "").map(drop)
 }
 
@@ -72,6 +72,18 @@ pub fn restart_every_node() -> anyhow::Result<()> {
     nodes.rotate_left(1);
     let all: Vec<&str> = nodes.iter().map(String::as_str).collect();
     docker(&[&["start"], all.as_slice()].concat()).map(drop)
+}
+
+/// One node's power is cut.
+pub fn kill_node(node: &str) -> anyhow::Result<()> {
+    docker(&["kill", node]).map(drop)
+}
+
+/// A node that Kubernetes had struck off comes back as a new one.
+pub fn start_node(node: &str) -> anyhow::Result<()> {
+    docker(&["start", node])?;
+    // It may get another range of addresses for its pods, which its network agent then writes anew.
+    docker(&["exec", node, "rm", "-f", "/etc/cni/net.d/10-node-net.conflist"]).map(drop)
 }
 
 /// Sends a signal to the vasto process of a pod, as its node's kernel might.

@@ -69,6 +69,8 @@ pub fn both_policies(run: &mut Run) -> anyhow::Result<()> {
 
 /// No finalizer waits for an operator that isn't there.
 pub fn a_namespace(run: &mut Run) -> anyhow::Result<()> {
+    // Of a step that failed.
+    run.kube.ctl_within(90, &["delete", "namespace", "shop", "--ignore-not-found"])?;
     run.kube.ctl(&["create", "namespace", "shop"])?;
     run.kube.apply(&document("cart", "shop", "Delete"))?;
     run.kube.ctl_within(190, &["-n", "shop", "wait", "ks/cart", "--for=condition=Ready", "--timeout=180s"])?;

@@ -8,7 +8,7 @@ use crate::kube::{name, restarts};
 /// Collects logs, events and descriptions into a folder of the step's name.
 pub fn collect(run: &Run, step: &str, error: &str) -> PathBuf {
     let folder = std::env::var_os("VASTO_E2E_DIR").map(PathBuf::from);
-    let folder = folder.unwrap_or_else(|| run.folder.with_file_name("e2e-failure"));
+    let folder = folder.unwrap_or_else(|| run.kube.folder.with_file_name("e2e-failure"));
     let folder = folder.join(step.replace(' ', "-").replace('\'', ""));
     if let Err(why) = std::fs::create_dir_all(&folder) {
         println!("        {} can't be made: {why}", folder.display());

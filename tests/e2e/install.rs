@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use crate::base::{OPERATOR, PACKAGES, Run, SYSTEM, checkout};
 use crate::cluster::{self, SHARED};
-use crate::kube::{Seen, name, until};
+use crate::kube::{Kube, Seen, name, until};
 use crate::load::pod;
 
 /// The file with the Debian package index, as JSON lines.
@@ -15,21 +15,33 @@ pub const INDEX: &str = "debian.jsonl";
 /// The mark on the Keyspace that it is in it.
 const LOADED: &str = "vasto.io~1e2e-loaded";
 
+/// kubectl's plugin is the binary under another name.
+pub fn put_the_plugin(kube: &Kube) -> anyhow::Result<()> {
+    let bin = kube.folder.join("bin");
+    std::fs::create_dir_all(&bin)?;
+    let plugin = bin.join("kubectl-vasto");
+    if plugin.symlink_metadata().is_ok() {
+        std::fs::remove_file(&plugin)?;
+    }
+    let vasto = std::env::current_exe()?.with_file_name("vasto");
+    std::os::unix::fs::symlink(vasto, plugin).map_err(Into::into)
+}
+
 /// helm package: what is installed is what would be published.
 pub fn package_the_chart(run: &Run) -> anyhow::Result<()> {
-    for entry in std::fs::read_dir(&run.folder)? {
+    for entry in std::fs::read_dir(&run.kube.folder)? {
         let path = entry?.path();
         if path.extension().is_some_and(|e| e == "tgz") {
             std::fs::remove_file(path)?;
         }
     }
     let chart = checkout().join("charts/vasto");
-    let (chart, folder) = (chart.display().to_string(), run.folder.display().to_string());
+    let (chart, folder) = (chart.display().to_string(), run.kube.folder.display().to_string());
     run.kube.helm(&["package", &chart, "--destination", &folder]).map(drop)
 }
 
 fn package(run: &Run) -> anyhow::Result<String> {
-    let found = std::fs::read_dir(&run.folder)?.filter_map(|entry| Some(entry.ok()?.path()));
+    let found = std::fs::read_dir(&run.kube.folder)?.filter_map(|entry| Some(entry.ok()?.path()));
     let package = found.into_iter().find(|path| path.extension().is_some_and(|e| e == "tgz"));
     Ok(package.context("helm package left no .tgz")?.display().to_string())
 }
@@ -107,7 +119,7 @@ pub fn apply_the_example(run: &mut Run) -> anyhow::Result<()> {
 
 /// apt's own index as JSON lines, in the folder of the run.
 fn index(run: &Run) -> anyhow::Result<()> {
-    let path = run.folder.join(INDEX);
+    let path = run.kube.folder.join(INDEX);
     if path.exists() {
         return Ok(());
     }
@@ -132,7 +144,7 @@ pub fn be_loaded(run: &Run) -> anyhow::Result<()> {
     if run.keyspace(PACKAGES)?.pointer(&mark).is_some() {
         return Ok(());
     }
-    cluster::share(&run.folder.join(INDEX))?;
+    cluster::share(&run.kube.folder.join(INDEX))?;
     let file = format!("{SHARED}/{INDEX}");
     run.kube.ctl(&["delete", "pod", "index", "--ignore-not-found"])?;
     let args = ["--operator", OPERATOR, "load", PACKAGES, &file];

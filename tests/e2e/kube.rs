@@ -16,13 +16,21 @@ const LOOK: Duration = Duration::from_millis(250);
 /// The one cluster, by its own kubeconfig: nobody's `~/.kube/config` is touched.
 #[derive(Clone)]
 pub struct Kube {
-    pub kubeconfig: PathBuf,
+    /// The run's files; its `bin` has kubectl's plugin.
+    pub folder: PathBuf,
 }
 
 impl Kube {
+    /// The kubeconfig of the cluster.
+    pub fn config(&self) -> PathBuf {
+        self.folder.join("kubeconfig")
+    }
+
     fn command(&self, program: &str, seconds: u64, args: &[&str]) -> Command {
         let mut command = process::command(program, seconds);
-        command.env("KUBECONFIG", &self.kubeconfig).args(args);
+        let path = std::env::var("PATH").unwrap_or_default();
+        let path = format!("{}:{path}", self.folder.join("bin").display());
+        command.env("KUBECONFIG", self.config()).env("PATH", path).args(args);
         command
     }
 

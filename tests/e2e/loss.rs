@@ -52,8 +52,11 @@ pub fn delete_a_pod_with_its_volume(run: &mut Run) -> anyhow::Result<()> {
 /// As a person asks for it: kubectl's plugin, which is the same binary.
 pub fn replace_a_store(run: &mut Run) -> anyhow::Result<()> {
     let before = replicas_of(run, STORE)?;
-    run.kube.ctl(&["annotate", "keyspace", PACKAGES, "vasto.io/replace=store-1"])?;
-    filled_anew(run, STORE, &before)
+    run.kube.ctl(&["vasto", "replace", PACKAGES, STORE])?;
+    filled_anew(run, STORE, &before)?;
+    let told = run.kube.ctl(&["vasto", "status", PACKAGES])?;
+    ensure!(told.contains(STORE), "kubectl vasto status says: {told}");
+    Ok(())
 }
 
 /// What a person types before a node is worked on.
@@ -96,6 +99,25 @@ pub fn drain_a_node_with_the_only_copy(run: &mut Run) -> anyhow::Result<()> {
     run.check("single")?;
     load.end().context("the load on the only copy")?;
     run.kube.ctl(&["delete", "keyspace", "single"]).map(drop)
+}
+
+/// Its power is cut, it is struck off, and a volume goes with it: the store is made anew on
+/// another node. In the end the node is there again, as a new one.
+pub fn lose_a_node(run: &mut Run) -> anyhow::Result<()> {
+    let (node, volumes) = (run.node_of(POD)?, run.volumes(PACKAGES)?);
+    let before = replicas_of(run, STORE)?;
+    cluster::kill_node(&node)?;
+    run.kube.ctl(&["delete", "node", &node])?;
+    let start = Instant::now();
+    let lost = until("another volume", 240, || {
+        let now = run.volumes(PACKAGES)?;
+        Ok(Seen::when(now.get(CLAIM).is_some_and(|uid| volumes.get(CLAIM) != Some(uid)), || format!("{now:?}")))
+    });
+    let filled = lost.and_then(|()| filled_anew(run, STORE, &before));
+    run.say(format!("filled anew after {:.1} s", start.elapsed().as_secs_f64()));
+    cluster::start_node(&node)?;
+    until("all nodes ready", 120, || cluster::all_ready(&run.kube))?;
+    filled
 }
 
 /// A power cut of everything. The load waits for as long as that takes: it knows from

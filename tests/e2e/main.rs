@@ -23,6 +23,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use crate::base::Run;
+use crate::kube::Kube;
 
 const USAGE: &str = "\
 ./dev e2e [SETTINGS]
@@ -60,10 +61,12 @@ const STEPS: &[Step] = &[
     step("change of mind while shrinking", resize::change_of_mind_while_shrinking),
     step("delete a pod", loss::delete_a_pod),
     step("delete a pod with its volume", loss::delete_a_pod_with_its_volume),
+    step("metrics are true", operator::metrics_are_true),
     step("replace a store", loss::replace_a_store),
     step("drain a node", loss::drain_a_node),
     step("drain a node with the only copy", loss::drain_a_node_with_the_only_copy),
     step("roll a new image", rollout::image),
+    step("restart the stores", rollout::restart),
     step("upgrade the operator", rollout::upgrade_the_operator),
     step("downgrade the operator", rollout::downgrade_the_operator),
     step("kill the leading operator", operator::kill_the_leader),
@@ -73,6 +76,7 @@ const STEPS: &[Step] = &[
     step("delete with both policies", deletion::both_policies),
     step("delete a namespace while the operator is away", deletion::a_namespace),
     step("helm uninstall, then install again", install::uninstall_and_return),
+    step("lose a node for good", loss::lose_a_node),
     step("restart every node at once", loss::restart_every_node),
     setup("the load's last words", Run::end_load),
 ];
@@ -129,6 +133,9 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
+    if !args.keep {
+        end_on_signals(run.kube.clone());
+    }
     println!("ok      {:6.1} s  a cluster to run on", start.elapsed().as_secs_f64());
     let (mut passed, mut failed, mut left) = (0, 0, steps.len());
     let mut hopeless = 0;
@@ -164,6 +171,27 @@ fn main() -> ExitCode {
     }
     println!("{passed} passed, {failed} failed");
     if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// Whoever ends this early finds no cluster left behind either.
+fn end_on_signals(kube: Kube) {
+    std::thread::spawn(move || {
+        let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else { return };
+        let signalled = async {
+            let mut term = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
+            tokio::select! {
+                _ = term.recv() => Ok::<(), std::io::Error>(()),
+                interrupted = tokio::signal::ctrl_c() => interrupted,
+            }
+        };
+        if runtime.block_on(signalled).is_ok() {
+            println!("ended early");
+            if let Err(error) = cluster::delete(&kube) {
+                println!("the cluster is left: {error:#}");
+            }
+            std::process::exit(1);
+        }
+    });
 }
 
 /// Runs a step; what there is to say of it.

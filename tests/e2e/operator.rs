@@ -84,3 +84,40 @@ pub fn death_in_its_absence(run: &mut Run) -> anyhow::Result<()> {
     operators_wanted(run, 2)?;
     works(run)
 }
+
+/// What a pod says of itself at /metrics.
+fn metrics(run: &Run, pod: &serde_json::Value) -> anyhow::Result<String> {
+    let namespace = pod["metadata"]["namespace"].as_str().unwrap_or_default();
+    run.kube.ctl(&["get", "--raw", &format!("/api/v1/namespaces/{namespace}/pods/{}:8282/proxy/metrics", name(pod))])
+}
+
+/// The values of a metric, whatever its labels.
+fn values(text: &str, metric: &str) -> Vec<f64> {
+    let lines = text.lines().filter_map(|line| line.strip_prefix(metric));
+    let own = lines.filter(|rest| rest.starts_with(['{', ' ']));
+    own.filter_map(|rest| rest.rsplit(' ').next()?.parse().ok()).collect()
+}
+
+/// What alerts are made of is there, and true.
+pub fn metrics_are_true(run: &mut Run) -> anyhow::Result<()> {
+    let mut leaders = 0.0;
+    for pod in operators(run)? {
+        let text = metrics(run, &pod)?;
+        let leads: f64 = values(&text, "vasto_operator_leader").iter().sum();
+        leaders += leads;
+        if leads > 0.0 {
+            ensure!(values(&text, "vasto_operator_stores") == [3.0], "stores of {}: {text}", name(&pod));
+            ensure!(values(&text, "vasto_keyspace_ready_replicas").contains(&6.0), "ready replicas: {text}");
+        }
+    }
+    ensure!(leaders == 1.0, "{leaders} operators say that they lead");
+    for pod in run.pods(PACKAGES)? {
+        let text = metrics(run, &pod)?;
+        ensure!(values(&text, "vasto_store_operator_connected") == [1.0], "{} and its operator: {text}", name(&pod));
+        let lag = values(&text, "vasto_store_replica_lag_records");
+        ensure!(!lag.is_empty() && lag.iter().all(|lag| *lag < 10_000.0), "the lags of {}: {lag:?}", name(&pod));
+        let done: f64 = values(&text, "vasto_store_operations_total").iter().sum();
+        ensure!(done > 0.0, "{} has done nothing: {text}", name(&pod));
+    }
+    Ok(())
+}
