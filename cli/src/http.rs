@@ -184,7 +184,8 @@ mod tests {
         stream.write_all(format!("{request} HTTP/1.1\r\nHost: x\r\n\r\n").as_bytes()).await.unwrap();
         let mut answer = String::new();
         // To the end: the server closes after one answer.
-        stream.read_to_string(&mut answer).await.unwrap();
+        let reading = stream.read_to_string(&mut answer);
+        tokio::time::timeout(Duration::from_secs(5), reading).await.expect("it closes").unwrap();
         answer
     }
 

@@ -463,6 +463,38 @@ async fn everything_at_once_starts_anew_and_moves_nothing() {
     good(&bench, &[&operator], &uid).await;
 }
 
+/// More than it works on at once.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_operator_that_starts_amid_many_keyspaces_serves_them_all() {
+    let bench = Bench::new("many").await;
+    let count = 24;
+    for number in 0..count {
+        let object = json!({"metadata": {"name": format!("ks-{number}")}, "spec": {"shards": 1, "replicationFactor": 1}});
+        vasto_tests::control_plane::create::<Keyspace>(&bench.client, Some(&bench.namespace), object).await;
+    }
+    let served = async || {
+        let all = bench.keyspaces().list(&ListParams::default()).await.unwrap();
+        all.iter().filter(|k| settled(k, 1, 1)).count() == count
+    };
+    let operator = bench.operator_named("operator-a", Strike::Never);
+    bench.wait("all are served", served).await;
+    operator.kill();
+    // And again, by one that finds them as they are.
+    let operator = bench.operator_named("operator-a", Strike::Never);
+    for number in 0..count {
+        let shards = json!({"spec": {"shards": 2}});
+        let name = format!("ks-{number}");
+        bench.keyspaces().patch(&name, &PatchParams::default(), &Patch::Merge(&shards)).await.unwrap();
+    }
+    bench
+        .wait("all have grown", async || {
+            let all = bench.keyspaces().list(&ListParams::default()).await.unwrap();
+            all.iter().filter(|k| settled(k, 2, 1)).count() == count
+        })
+        .await;
+    operator.tap.clean();
+}
+
 // ---- others ----
 
 #[tokio::test(flavor = "multi_thread")]

@@ -34,14 +34,17 @@ pub struct Run {
 /// A store's pod, as it must stay while nobody has a reason to restart it.
 pub type Life = (String, u64);
 
+/// Where the files of a run are, in the target folder.
+pub fn folder() -> anyhow::Result<PathBuf> {
+    let target = std::env::var("CARGO_TARGET_DIR").context("CARGO_TARGET_DIR is not set: start this by ./dev e2e")?;
+    let folder = PathBuf::from(target).join("e2e");
+    std::fs::create_dir_all(&folder)?;
+    Ok(folder)
+}
+
 impl Run {
     /// Makes the cluster and what is to be put into it.
-    pub fn begin(reuse: bool) -> anyhow::Result<Self> {
-        let target =
-            std::env::var("CARGO_TARGET_DIR").context("CARGO_TARGET_DIR is not set: start this by ./dev e2e")?;
-        let folder = PathBuf::from(target).join("e2e");
-        std::fs::create_dir_all(&folder)?;
-        let kube = Kube { folder };
+    pub fn begin(kube: Kube, reuse: bool) -> anyhow::Result<Self> {
         install::put_the_plugin(&kube)?;
         cluster::make(&kube, reuse)?;
         let mut run = Self { kube, load: None, loads: 0, said: Vec::new() };

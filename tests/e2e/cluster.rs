@@ -10,6 +10,7 @@ use crate::kube::{Kube, Seen, condition, name, uid, until};
 use crate::process::{command, succeed};
 
 const CLUSTER: &str = "vasto-e2e";
+const CONTROL: &str = "vasto-e2e-control-plane";
 const NODE_IMAGE: &str = "kube-tools/node:v1.34.4";
 /// Where the control plane's node has what pods may read.
 pub const SHARED: &str = "/e2e";
@@ -36,10 +37,18 @@ pub fn make(kube: &Kube, reuse: bool) -> anyhow::Result<()> {
     }
     // The same content under another name is another image to Kubernetes.
     docker(&["tag", "vasto:dev", "vasto:dev2"])?;
-    let mut kind = command("kind", 240);
-    kind.args(["load", "docker-image", "--name", CLUSTER, "vasto:dev", "vasto:dev2", "vasto-load:dev"]);
-    succeed(kind, "")?;
+    let archive = kube.folder.join("images.tar").display().to_string();
+    docker(&["save", "-o", &archive, "vasto:dev", "vasto:dev2"])?;
+    load(&["image-archive", &archive])?;
+    load(&["docker-image", "vasto-load:dev", "--nodes", CONTROL])?;
     until("all nodes ready", 120, || all_ready(kube))
+}
+
+/// Puts images into nodes.
+fn load(what: &[&str]) -> anyhow::Result<()> {
+    let mut kind = command("kind", 240);
+    kind.arg("load").args(what).args(["--name", CLUSTER]);
+    succeed(kind, "").map(drop)
 }
 
 /// Ends the cluster.
@@ -57,9 +66,8 @@ fn docker(args: &[&str]) -> anyhow::Result<String> {
 
 /// Gives the pods beside the control plane a file to read.
 pub fn share(file: &Path) -> anyhow::Result<()> {
-    let node = format!("{CLUSTER}-control-plane");
-    docker(&["exec", &node, "mkdir", "-p", SHARED])?;
-    let to = format!("{node}:{SHARED}/");
+    docker(&["exec", CONTROL, "mkdir", "-p", SHARED])?;
+    let to = format!("{CONTROL}:{SHARED}/");
     docker(&["cp", "-q", file.to_str().context("a path of UTF-8")?, &to]).map(drop)
 }
 

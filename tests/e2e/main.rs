@@ -20,6 +20,7 @@ mod resize;
 mod rollout;
 
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use crate::base::Run;
@@ -125,17 +126,22 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     let start = Instant::now();
-    let mut run = match Run::begin(args.reuse) {
+    let begun = base::folder().and_then(|folder| {
+        let kube = Kube { folder };
+        if !args.keep {
+            end_on_signals(kube.clone());
+        }
+        Run::begin(kube, args.reuse)
+    });
+    let mut run = match begun {
         Ok(run) => run,
         Err(error) => {
+            unless_ended();
             println!("FAILED  {:6.1} s  a cluster to run on: {error:#}", start.elapsed().as_secs_f64());
             println!("0 passed, 1 failed");
             return ExitCode::FAILURE;
         }
     };
-    if !args.keep {
-        end_on_signals(run.kube.clone());
-    }
     println!("ok      {:6.1} s  a cluster to run on", start.elapsed().as_secs_f64());
     let (mut passed, mut failed, mut left) = (0, 0, steps.len());
     let mut hopeless = 0;
@@ -146,6 +152,7 @@ fn main() -> ExitCode {
         let done = stands.and_then(|()| pass(&mut run, step));
         left -= 1;
         let seconds = start.elapsed().as_secs_f64();
+        unless_ended();
         match done {
             Ok(said) => {
                 passed += 1;
@@ -173,6 +180,16 @@ fn main() -> ExitCode {
     if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
+/// Set once a signal has come: nothing that fails from then on is news.
+static ENDED: AtomicBool = AtomicBool::new(false);
+
+/// Waits for the end, where it is under way.
+fn unless_ended() {
+    while ENDED.load(Ordering::Relaxed) {
+        std::thread::park();
+    }
+}
+
 /// Whoever ends this early finds no cluster left behind either.
 fn end_on_signals(kube: Kube) {
     std::thread::spawn(move || {
@@ -185,6 +202,7 @@ fn end_on_signals(kube: Kube) {
             }
         };
         if runtime.block_on(signalled).is_ok() {
+            ENDED.store(true, Ordering::Relaxed);
             println!("ended early");
             if let Err(error) = cluster::delete(&kube) {
                 println!("the cluster is left: {error:#}");

@@ -7,18 +7,19 @@ mod entry;
 mod say;
 mod view;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use futures::StreamExt;
+use futures::{Stream, StreamExt};
 use kube::runtime::controller::{self, Action};
 use kube::runtime::reflector::ObjectRef;
 use kube::runtime::{Config, Controller};
 use kube::{Client, ResourceExt};
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio_stream::wrappers::WatchStream;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 use vasto_client::env::Env;
 use vasto_client::v1::{Phase, Topology};
 use vasto_crds::{Keyspace, set_condition};
@@ -44,6 +45,31 @@ const AT_ONCE: u16 = 16;
 const STEPS: usize = 32;
 
 type Key = ObjectRef<Keyspace>;
+
+/// Keyspaces under which something has changed, each once.
+#[derive(Default)]
+struct Touched {
+    keys: Mutex<HashSet<Key>>,
+    bell: Notify,
+}
+
+impl Touched {
+    async fn collect(self: Arc<Self>, mut events: caches::Touched) {
+        while let Some(key) = events.next().await {
+            self.keys.lock().unwrap_or_else(PoisonError::into_inner).insert(key);
+            self.bell.notify_one();
+        }
+    }
+
+    fn stream(self: Arc<Self>) -> impl Stream<Item = Key> + Send {
+        let batches = futures::stream::unfold(self, |touched| async move {
+            touched.bell.notified().await;
+            let keys = std::mem::take(&mut *touched.keys.lock().unwrap_or_else(PoisonError::into_inner));
+            Some((futures::stream::iter(keys), touched))
+        });
+        batches.flatten()
+    }
+}
 
 /// See the module.
 pub(crate) struct Driver {
@@ -87,7 +113,10 @@ impl Driver {
 
     /// Runs until stopped.
     pub(crate) async fn run(self: Arc<Self>, client: Client, namespace: Option<String>, stop: CancellationToken) {
-        let touched = self.caches.begin(&client, namespace.as_deref());
+        // Beside the controller: at its limit it looks at nothing, and what it works on waits for these.
+        let touched = Arc::new(Touched::default());
+        let watching = touched.clone().collect(self.caches.begin(&client, namespace.as_deref()));
+        let _watching = AbortOnDropHandle::new(tokio::spawn(watching));
         let (reader, keyspaces) = caches::keyspaces(&client, namespace.as_deref());
         let store = reader.clone();
         let heard = futures::stream::unfold(self.clone(), |driver| async move {
@@ -113,7 +142,7 @@ impl Driver {
         };
         let controller = Controller::for_stream(keyspaces, reader)
             .with_config(Config::default().concurrency(AT_ONCE))
-            .reconcile_on(touched)
+            .reconcile_on(touched.stream())
             .reconcile_on(heard.flatten())
             .reconcile_all_on(terms)
             .graceful_shutdown_on(stop.clone().cancelled_owned())
