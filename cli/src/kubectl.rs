@@ -137,7 +137,8 @@ async fn list(api: &Api<Keyspace>, namespace: &str, env: &Env, json: bool) -> an
 async fn get(api: &Api<Keyspace>, namespace: &str, name: &str) -> anyhow::Result<Keyspace> {
     let found = api.get_opt(name).await.with_context(|| format!("keyspace {name} can't be read"))?;
     found.ok_or_else(|| {
-        let message = format!("keyspace {name} does not exist in namespace {namespace}; kubectl get keyspaces -A lists all");
+        let message =
+            format!("keyspace {name} does not exist in namespace {namespace}; kubectl get keyspaces -A lists all");
         fault(Code::NotFound, message)
     })
 }

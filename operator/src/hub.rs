@@ -680,7 +680,8 @@ impl Index {
 
 /// The store, if this stream speaks for it.
 fn speaker<'a>(stores: &'a mut BTreeMap<StoreKey, Store>, key: &StoreKey, id: u64) -> Result<&'a mut Store, Status> {
-    stores.get_mut(key).filter(|s| s.stream == Some(id)).ok_or_else(|| {
-        Status::aborted(format!("another stream speaks for {} now; this one has been given up", key.1))
-    })
+    stores
+        .get_mut(key)
+        .filter(|s| s.stream == Some(id))
+        .ok_or_else(|| Status::aborted(format!("another stream speaks for {} now; this one has been given up", key.1)))
 }

@@ -111,7 +111,8 @@ pub(crate) fn build(from: &Sources<'_>, pace: &mut Pace) -> KeyspaceStatus {
         Some(_) => status.set_replicas(outcome.progress.ready_replicas, outcome.progress.replicas),
         None => status.set_replicas(0, spec.shards * spec.replication_factor),
     }
-    let unheard: Vec<&str> = status.stores.iter().filter(|s| s.state == Some(StoreState::Unknown)).map(|s| s.name.as_str()).collect();
+    let unheard: Vec<&str> =
+        status.stores.iter().filter(|s| s.state == Some(StoreState::Unknown)).map(|s| s.name.as_str()).collect();
     for condition in &outcome.conditions {
         let (holds, reason, message) = match condition.kind {
             // What hasn't been seen is neither there nor gone.

@@ -174,8 +174,7 @@ impl Host {
     /// The store's whole state.
     pub fn report(&self) -> StoreReport {
         let disk = self.disk();
-        let mut keyspaces: Vec<KeyspaceReport> =
-            self.all().iter().map(|k| k.report()).chain(self.unopened()).collect();
+        let mut keyspaces: Vec<KeyspaceReport> = self.all().iter().map(|k| k.report()).chain(self.unopened()).collect();
         if let Some(disk) = &disk {
             // A writer that has nothing to write doesn't look.
             let full = !dir::has_room(disk);

@@ -112,13 +112,7 @@ impl Keyspace {
     }
 
     /// A keyspace as this store left it: the topology that it had persisted, and its replicas.
-    pub fn open(
-        store: &str,
-        dir: Arc<Dir>,
-        context: Context,
-        uid: &str,
-        frozen: bool,
-    ) -> Result<Arc<Self>, Error> {
+    pub fn open(store: &str, dir: Arc<Dir>, context: Context, uid: &str, frozen: bool) -> Result<Arc<Self>, Error> {
         let keyspace = Arc::new(Self::new(store, dir, context, uid, frozen));
         keyspace.confirmed.store(false, Ordering::Release);
         let path = keyspace.file();

@@ -187,7 +187,8 @@ impl Work {
             let begin = Instant::now();
             let results = replica.write(writes).await;
             counts.took(Part::Write, begin.elapsed());
-            let answers = results.into_iter().zip(&ids).map(|(result, (id, _))| written(&keyspace, &replica, *id, result));
+            let answers =
+                results.into_iter().zip(&ids).map(|(result, (id, _))| written(&keyspace, &replica, *id, result));
             answers.collect()
         };
         let (mut answers, more): (Vec<Answer>, Vec<Answer>) = tokio::join!(reading, writing);

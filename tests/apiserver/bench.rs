@@ -331,7 +331,8 @@ impl Bench {
     /// Waits until just these claims are there.
     pub async fn until_claims(&self, stores: std::ops::Range<u32>) {
         let wanted: Vec<String> = stores.map(|i| format!("data-packages-store-{i}")).collect();
-        self.wait(&format!("the claims {wanted:?}"), async || self.names::<PersistentVolumeClaim>().await == wanted).await;
+        self.wait(&format!("the claims {wanted:?}"), async || self.names::<PersistentVolumeClaim>().await == wanted)
+            .await;
     }
 
     /// The messages of all Events so far, with reasons.

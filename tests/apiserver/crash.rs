@@ -186,7 +186,8 @@ fn difference(wanted: &Map<String, Value>, found: &Map<String, Value>) -> String
     let mut text = String::new();
     let keys: std::collections::BTreeSet<&String> = wanted.keys().chain(found.keys()).collect();
     for key in keys {
-        let lines = |all: &Map<String, Value>| all.get(key).map(|v| serde_yaml::to_string(v).unwrap()).unwrap_or_default();
+        let lines =
+            |all: &Map<String, Value>| all.get(key).map(|v| serde_yaml::to_string(v).unwrap()).unwrap_or_default();
         let (wanted, found) = (lines(wanted), lines(found));
         if wanted != found {
             text += &format!("{key}\n");
@@ -238,9 +239,8 @@ async fn at_every_single_write() {
     }
     // Timing makes some more or fewer writes.
     let most = reference.values().map(|(_, writes)| writes.len()).max().unwrap() + 2;
-    let strikes = (1..=most).flat_map(|n| {
-        [(format!("before-{n}"), Strike::Before(n)), (format!("after-{n}"), Strike::After(n))]
-    });
+    let strikes =
+        (1..=most).flat_map(|n| [(format!("before-{n}"), Strike::Before(n)), (format!("after-{n}"), Strike::After(n))]);
     let deaths = live(strikes.collect(), reference.clone()).await;
     let writes: usize = reference.values().map(|(_, writes)| writes.len()).sum();
     assert!(deaths + LEGS.len() * 4 >= 2 * writes, "{deaths} deaths for {writes} writes");

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use k8s_openapi::api::core::v1::{Node, PersistentVolume, Pod};
-use kube::{Client, ResourceExt};
 use kube::api::{Api, EvictParams, ListParams, Patch, PatchParams};
+use kube::{Client, ResourceExt};
 use serde_json::json;
 use vasto_tests::control_plane::Who;
 use vasto_tests::fleet::Fleet;
@@ -56,7 +56,8 @@ async fn a_node_that_is_gone_and_one_that_is_drained() {
     bench.until_claims(0..2).await;
     let writer = bench.fleet.writer(&uid);
     // An eviction is answered 429, which clients take for a reason to ask again.
-    let at_once = kube::Config { default_retry: false, ..bench.plane.config(&Who::Admin) };
+    let mut at_once = bench.plane.config(&Who::Admin);
+    at_once.default_retry = false;
     let pods: Api<Pod> = Api::namespaced(Client::try_from(at_once).unwrap(), &bench.namespace);
     let refused = pods.evict("packages-store-1", &EvictParams::default()).await.expect_err("it has the only copy");
     println!("{refused}");

@@ -123,8 +123,7 @@ pub fn sorted(value: Value) -> Value {
 pub fn keyspace(keyspace: &Keyspace) -> Value {
     let status = keyspace.status.clone().unwrap_or_default();
     let topology = topology(keyspace);
-    let conditions: Vec<Value> =
-        status.conditions.iter().map(|c| json!([c.type_, c.status, c.reason])).collect();
+    let conditions: Vec<Value> = status.conditions.iter().map(|c| json!([c.type_, c.status, c.reason])).collect();
     let stores: Vec<Value> = status
         .stores
         .iter()

@@ -25,8 +25,12 @@ async fn compare(label: &str, keyspace: Keyspace) {
     let bench = Bench::new(label).await;
     let operator = bench.operator();
     let name = keyspace.name().to_owned();
-    create::<Keyspace>(&bench.client, Some(&bench.namespace), json!({"metadata": {"name": name}, "spec": keyspace.spec}))
-        .await;
+    create::<Keyspace>(
+        &bench.client,
+        Some(&bench.namespace),
+        json!({"metadata": {"name": name}, "spec": keyspace.spec}),
+    )
+    .await;
     let (shards, copies) = (keyspace.spec.shards, keyspace.spec.replication_factor);
     bench
         .wait("the keyspace is ready", async || {

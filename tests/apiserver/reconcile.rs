@@ -251,7 +251,10 @@ async fn reach(bench: &Bench, operator: &Operator, phase: Phase, shards: u32) ->
 
 async fn change_of_mind(label: &str, from: u32, to: u32) {
     let bench = Bench::new(label).await;
-    let manner = Manner { timings: vasto_operator::kube::Timings { fence: Duration::from_secs(600), ..timings() }, ..Manner::default() };
+    let manner = Manner {
+        timings: vasto_operator::kube::Timings { fence: Duration::from_secs(600), ..timings() },
+        ..Manner::default()
+    };
     let operator = bench.operator_as(manner);
     let uid = in_use(&bench, from, 2).await.uid().to_owned();
     for phase in [Phase::Prepare, Phase::Switch, Phase::Fence, Phase::Drain, Phase::Cleanup] {
@@ -450,12 +453,13 @@ async fn everything_at_once_starts_anew_and_moves_nothing() {
     }
     let operator = bench.operator();
     // What the status says meanwhile is of before.
-    bench.wait("all stores run again", async || {
-        let now = pod_uids(&bench).await;
-        pods.iter().all(|(name, uid)| now.get(name).is_some_and(|u| u != uid))
-            && bench.fleet.with(|w| w.stores.len() == pods.len())
-    })
-    .await;
+    bench
+        .wait("all stores run again", async || {
+            let now = pod_uids(&bench).await;
+            pods.iter().all(|(name, uid)| now.get(name).is_some_and(|u| u != uid))
+                && bench.fleet.with(|w| w.stores.len() == pods.len())
+        })
+        .await;
     let after = bench.settled(3, 2).await;
     bench.fleet.expect_outage(&uid, false);
     assert_eq!(replicas(&topology(&after)), replicas(&topology(&before)));
@@ -469,7 +473,8 @@ async fn an_operator_that_starts_amid_many_keyspaces_serves_them_all() {
     let bench = Bench::new("many").await;
     let count = 24;
     for number in 0..count {
-        let object = json!({"metadata": {"name": format!("ks-{number}")}, "spec": {"shards": 1, "replicationFactor": 1}});
+        let object =
+            json!({"metadata": {"name": format!("ks-{number}")}, "spec": {"shards": 1, "replicationFactor": 1}});
         vasto_tests::control_plane::create::<Keyspace>(&bench.client, Some(&bench.namespace), object).await;
     }
     let served = async || {
@@ -526,7 +531,8 @@ async fn another_field_manager_is_reported_and_not_fought() {
     own.metadata.managed_fields = None;
     own.metadata.resource_version = None;
     own.status = None;
-    own.spec.as_mut().unwrap().max_unavailable = Some(k8s_openapi::apimachinery::pkg::util::intstr::IntOrString::Int(1));
+    own.spec.as_mut().unwrap().max_unavailable =
+        Some(k8s_openapi::apimachinery::pkg::util::intstr::IntOrString::Int(1));
     budgets.patch("packages-store", &ours, &Patch::Apply(own)).await.unwrap();
     bench.until("it is well", |k| condition(k, "Degraded").0 == "False").await;
     good(&bench, &[&operator], &uid).await;
@@ -570,11 +576,16 @@ async fn what_is_changed_or_deleted_by_hand_comes_back() {
     bench.until_claims(0..3).await;
     if stores(&bench).await.spec.replicas != Some(3) {
         println!("somebody else's number of pods was reported, not fought");
-        sets.patch_scale("packages-store", &PatchParams::default(), &Patch::Merge(&json!({"spec": {"replicas": 3}}))).await.unwrap();
+        sets.patch_scale("packages-store", &PatchParams::default(), &Patch::Merge(&json!({"spec": {"replicas": 3}})))
+            .await
+            .unwrap();
     }
     bench.settled(3, 2).await;
     let kept = pod_uids(&bench).await;
-    assert_eq!((&kept["packages-store-0"], &kept["packages-store-1"]), (&pods["packages-store-0"], &pods["packages-store-1"]));
+    assert_eq!(
+        (&kept["packages-store-0"], &kept["packages-store-1"]),
+        (&pods["packages-store-0"], &pods["packages-store-1"])
+    );
     good(&bench, &[&operator], &uid).await;
 }
 
@@ -660,11 +671,12 @@ async fn a_roll_out_waits_while_a_copy_is_missing() {
     tokio::time::sleep(timings().tick * 8).await;
     assert_eq!(pod_uids(&bench).await, before, "a store was restarted while another was away");
     bench.fleet.silent("packages-store-0", false);
-    bench.wait("all pods are others", async || {
-        let now = pod_uids(&bench).await;
-        now.len() == 3 && before.iter().all(|(name, uid)| now.get(name).is_some_and(|u| u != uid))
-    })
-    .await;
+    bench
+        .wait("all pods are others", async || {
+            let now = pod_uids(&bench).await;
+            now.len() == 3 && before.iter().all(|(name, uid)| now.get(name).is_some_and(|u| u != uid))
+        })
+        .await;
     bench.settled(3, 2).await;
     good(&bench, &[&operator], &uid).await;
 }
@@ -724,7 +736,11 @@ async fn a_class_that_can_not_grow_is_reported() {
     assert!(tried <= 4, "what can't be is tried {tried} times in {:?}", timings().tick * 8);
     // All else goes on.
     bench.scale(3, None).await;
-    bench.until("three shards", |k| k.status.as_ref().is_some_and(|s| s.shards == Some(3) && s.phase == Some(Phase::Ready))).await;
+    bench
+        .until("three shards", |k| {
+            k.status.as_ref().is_some_and(|s| s.shards == Some(3) && s.phase == Some(Phase::Ready))
+        })
+        .await;
     good(&bench, &[&operator], &uid).await;
 }
 
@@ -748,7 +764,8 @@ async fn a_pod_that_finds_no_node_is_named_and_holds_up_nothing_else() {
         .until("store-0 is refilled", |k| {
             let t = topology(k);
             let now = replicas(&t);
-            let mine = |all: &[(u32, String, u64)]| all.iter().filter(|r| r.1 == "store-0").cloned().collect::<Vec<_>>();
+            let mine =
+                |all: &[(u32, String, u64)]| all.iter().filter(|r| r.1 == "store-0").cloned().collect::<Vec<_>>();
             t.phase() == v1::Phase::Stable
                 && mine(&now).len() == 2
                 && mine(&now).iter().all(|r| r.2 != 0 && !before.contains(r))

@@ -33,8 +33,7 @@ impl Place {
 
     /// Creates it as kubectl does, with unknown fields refused; or says why not.
     async fn post(&self, object: &Value) -> Result<Value, String> {
-        let path =
-            format!("/apis/vasto.io/v1alpha1/namespaces/{}/keyspaces?fieldValidation=Strict", self.namespace);
+        let path = format!("/apis/vasto.io/v1alpha1/namespaces/{}/keyspaces?fieldValidation=Strict", self.namespace);
         let request = Request::post(path).header("content-type", "application/json");
         let request = request.body(serde_json::to_vec(object).unwrap()).unwrap();
         self.plane.client().request(request).await.map_err(|e| e.to_string())
@@ -89,7 +88,10 @@ const REFUSED: [(&str, &str); 36] = [
     ("shards: 3, replicationFactor: 2, replication_factor: 3", "unknown field \"spec.replication_factor\""),
     ("shards: 3, replicationFactor: 2, name: x", "unknown field \"spec.name\""),
     ("shards: 3, replicationFactor: 2, storage: {sise: 1Gi}", "unknown field \"spec.storage.sise\""),
-    ("shards: 3, replicationFactor: 2, scheduling: {tolerations: [{keys: a}]}", "unknown field \"spec.scheduling.tolerations[0].keys\""),
+    (
+        "shards: 3, replicationFactor: 2, scheduling: {tolerations: [{keys: a}]}",
+        "unknown field \"spec.scheduling.tolerations[0].keys\"",
+    ),
     // Lengths of time.
     ("shards: 3, replicationFactor: 2, storeLostAfter: 0s", PERIOD),
     ("shards: 3, replicationFactor: 2, collectionGrace: 1d", PERIOD),
@@ -160,11 +162,15 @@ async fn defaults_are_filled_in() {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_may_not_change_may_not_change() {
     let place = Place::new("changes").await;
-    let mut text = json!({"shards": 3, "replicationFactor": 2, "storage": {"size": "10Gi", "storageClassName": "standard"}});
+    let mut text =
+        json!({"shards": 3, "replicationFactor": 2, "storage": {"size": "10Gi", "storageClassName": "standard"}});
     place.post(&document("packages", text.clone())).await.unwrap();
     let change = |spec: Value| place.change("packages", json!({"spec": spec}));
     let refused = [
-        (json!({"storage": {"size": "10239Mi"}}), "must not shrink, since a volume can only grow: it was 10Gi; write 10Gi or more"),
+        (
+            json!({"storage": {"size": "10239Mi"}}),
+            "must not shrink, since a volume can only grow: it was 10Gi; write 10Gi or more",
+        ),
         (json!({"storage": {"storageClassName": "fixed"}}), "must not change, since volumes stay in the class"),
         (json!({"storage": {"storageClassName": null}}), "must not change, since volumes stay in the class"),
         (json!({"storage": null}), "must not change, since volumes stay in the class"),
@@ -305,8 +311,7 @@ async fn the_resource_itself_fits_kubectl_apply() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../crds/keyspace.yaml").display().to_string();
     let (code, out, err) = place.kubectl(&["apply", "-f", &path]);
     assert_eq!(code, 0, "{out}{err}");
-    let crd: CustomResourceDefinition =
-        Api::all(place.plane.client()).get("keyspaces.vasto.io").await.unwrap();
+    let crd: CustomResourceDefinition = Api::all(place.plane.client()).get("keyspaces.vasto.io").await.unwrap();
     let kept = &crd.metadata.annotations.unwrap()["kubectl.kubernetes.io/last-applied-configuration"];
     println!("the resource as kubectl apply keeps it: {} bytes of 262144", kept.len());
     assert!(kept.len() < 256 << 10);

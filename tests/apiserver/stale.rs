@@ -59,7 +59,8 @@ async fn a_foreground_deletion_and_a_new_one_behind_it() {
     bench.fleet.write(old.uid(), 40);
     bench.fleet.forget(old.uid());
     bench.fleet.stuck("packages-store-1", true);
-    let foreground = DeleteParams { propagation_policy: Some(PropagationPolicy::Foreground), ..DeleteParams::default() };
+    let foreground =
+        DeleteParams { propagation_policy: Some(PropagationPolicy::Foreground), ..DeleteParams::default() };
     bench.keyspaces().delete("packages", &foreground).await.unwrap();
     operator.tap.reset(Strike::Never);
     tokio::time::sleep(timings().tick * 4).await;
@@ -78,7 +79,8 @@ async fn a_foreground_deletion_and_a_new_one_behind_it() {
 async fn an_old_view_of_pods_and_volumes_deletes_nothing_new() {
     let bench = Bench::new("oldview").await;
     let operator = bench.operator();
-    let made = bench.create_spec(KeyspaceSpec { store_lost_after: "2s".parse().unwrap(), ..KeyspaceSpec::new(4, 2) }).await;
+    let made =
+        bench.create_spec(KeyspaceSpec { store_lost_after: "2s".parse().unwrap(), ..KeyspaceSpec::new(4, 2) }).await;
     bench.settled(4, 2).await;
     bench.fleet.write(made.uid(), 40);
 

@@ -220,7 +220,13 @@ where
             }
             let answer = answer?.map(Body::new);
             if answer.status() == StatusCode::FORBIDDEN {
-                tap.state().forbidden.push(format!("{method} {path}"));
+                let (head, body) = answer.into_parts();
+                let body = axum::body::to_bytes(body, 1 << 20).await?;
+                // By a role, that is; admission says the same of what can't be.
+                if String::from_utf8_lossy(&body).contains(" cannot ") {
+                    tap.state().forbidden.push(format!("{method} {path}"));
+                }
+                return Ok(Response::from_parts(head, Body::from(body)));
             }
             if !watches {
                 return Ok(answer);

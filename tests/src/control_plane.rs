@@ -313,10 +313,14 @@ impl ControlPlane {
         let client = self.client();
         for (name, expand) in [("standard", true), ("fixed", false)] {
             let default = (name == "standard").to_string();
-            create::<StorageClass>(&client, None, json!({
-                "metadata": {"name": name, "annotations": {"storageclass.kubernetes.io/is-default-class": default}},
-                "provisioner": "vasto.test/none", "allowVolumeExpansion": expand,
-            }))
+            create::<StorageClass>(
+                &client,
+                None,
+                json!({
+                    "metadata": {"name": name, "annotations": {"storageclass.kubernetes.io/is-default-class": default}},
+                    "provisioner": "vasto.test/none", "allowVolumeExpansion": expand,
+                }),
+            )
             .await;
         }
         let class = json!({"metadata": {"name": "high-priority"}, "value": 1000});

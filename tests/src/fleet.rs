@@ -277,7 +277,8 @@ impl Fleet {
     pub fn foreign(&self, claim: &str, uid: &str) {
         self.inner.change(|w| {
             for volume in w.volumes.values_mut().filter(|v| v.claim == claim) {
-                let held = Held { topology: Topology { uid: uid.to_owned(), ..Topology::default() }, ..Held::default() };
+                let held =
+                    Held { topology: Topology { uid: uid.to_owned(), ..Topology::default() }, ..Held::default() };
                 volume.keyspaces.insert(uid.to_owned(), held);
             }
         });
@@ -329,7 +330,13 @@ impl Fleet {
                     .iter()
                     .map(|(uid, k)| {
                         let replicas = k.replicas.iter().map(|(id, r)| {
-                            format!("{id:016x} shard {} born {} served {} keys {}", r.shard, r.born, r.served, r.has.len())
+                            format!(
+                                "{id:016x} shard {} born {} served {} keys {}",
+                                r.shard,
+                                r.born,
+                                r.served,
+                                r.has.len()
+                            )
                         });
                         let (version, phase) = (k.topology.version, k.topology.phase().as_str_name());
                         format!("{uid} v{version} {phase} [{}]", replicas.collect::<Vec<_>>().join(", "))

@@ -190,10 +190,12 @@ impl Reporting {
 
     fn take(&mut self, report: StoreReport) -> Result<(), Status> {
         match &self.store {
-            Some((only, name)) if *name != report.store || *only != report.only => Err(Status::invalid_argument(format!(
-                "this stream is {name}'s, and the report is {:?}'s: each store reports on a stream of its own",
-                report.store
-            ))),
+            Some((only, name)) if *name != report.store || *only != report.only => {
+                Err(Status::invalid_argument(format!(
+                    "this stream is {name}'s, and the report is {:?}'s: each store reports on a stream of its own",
+                    report.store
+                )))
+            }
             Some(_) => self.hub.heard_from_store(self.id, report),
             None => {
                 let key = (report.only.clone(), report.store.clone());

@@ -165,8 +165,15 @@ where
     K::DynamicType: Eq + Hash + Clone,
 {
     let (reader, writer) = reflector::store();
-    let stream = watcher(api, config).default_backoff().modify(|o: &mut K| o.managed_fields_mut().clear()).reflect(writer).touched_objects().filter_map(|event| async {
-        event.inspect_err(|error| tracing::warn!(%error, kind = %K::kind(&()), "a watch failed; it is begun anew")).ok()
-    });
+    let stream = watcher(api, config)
+        .default_backoff()
+        .modify(|o: &mut K| o.managed_fields_mut().clear())
+        .reflect(writer)
+        .touched_objects()
+        .filter_map(|event| async {
+            event
+                .inspect_err(|error| tracing::warn!(%error, kind = %K::kind(&()), "a watch failed; it is begun anew"))
+                .ok()
+        });
     (reader, stream)
 }

@@ -100,9 +100,8 @@ impl Default for Monitor {
 impl Monitor {
     /// Nothing measured yet.
     pub fn new() -> Self {
-        let duration = Family::<Outcome, Histogram>::new_with_constructor(|| {
-            Histogram::new(exponential_buckets(0.001, 2.0, 14))
-        });
+        let duration =
+            Family::<Outcome, Histogram>::new_with_constructor(|| Histogram::new(exponential_buckets(0.001, 2.0, 14)));
         let (errors, writes) = (Family::<Reason, Counter>::default(), Family::<Write, Counter>::default());
         let (leader, watchers, stores) = (Whole::default(), Whole::default(), Whole::default());
         let [version, shards, replicas, ready]: [Family<Of, Whole>; 4] = Default::default();

@@ -238,10 +238,7 @@ fn budget(keyspace: &Keyspace, site: &Site) -> PodDisruptionBudget {
         metadata: meta(keyspace, stores_name(keyspace.name())),
         spec: Some(PodDisruptionBudgetSpec {
             max_unavailable: Some(IntOrString::Int(most)),
-            selector: Some(LabelSelector {
-                match_labels: Some(selector(keyspace.name())),
-                ..LabelSelector::default()
-            }),
+            selector: Some(LabelSelector { match_labels: Some(selector(keyspace.name())), ..LabelSelector::default() }),
             ..PodDisruptionBudgetSpec::default()
         }),
         ..PodDisruptionBudget::default()
@@ -345,7 +342,8 @@ fn claim(keyspace: &Keyspace) -> PersistentVolumeClaim {
 /// The stores' pods.
 fn template(keyspace: &Keyspace, site: &Site, image: &str) -> PodTemplateSpec {
     let (name, scheduling) = (keyspace.name(), &keyspace.spec.scheduling);
-    let annotations = edit::restart(keyspace).map(|asked| BTreeMap::from([(edit::RESTART.to_owned(), asked.to_owned())]));
+    let annotations =
+        edit::restart(keyspace).map(|asked| BTreeMap::from([(edit::RESTART.to_owned(), asked.to_owned())]));
     let spread = |key: &str| TopologySpreadConstraint {
         max_skew: 1,
         topology_key: key.to_owned(),
@@ -442,10 +440,7 @@ fn container(keyspace: &Keyspace, site: &Site, image: &str) -> Container {
         termination_message_policy: Some("FallbackToLogsOnError".to_owned()),
         // Whoever finds stores by the client Service is sent elsewhere first.
         lifecycle: Some(Lifecycle {
-            pre_stop: Some(LifecycleHandler {
-                sleep: Some(SleepAction { seconds: 2 }),
-                ..LifecycleHandler::default()
-            }),
+            pre_stop: Some(LifecycleHandler { sleep: Some(SleepAction { seconds: 2 }), ..LifecycleHandler::default() }),
             ..Lifecycle::default()
         }),
         security_context: Some(SecurityContext {

@@ -20,7 +20,8 @@ fn condition<'a>(pod: &'a Pod, kind: &str) -> Option<&'a PodCondition> {
 pub(crate) fn unschedulable(pod: &Pod) -> Option<&str> {
     let scheduled = condition(pod, "PodScheduled")?;
     // The scheduler's own troubles pass.
-    (scheduled.status == "False" && scheduled.reason.as_deref() == Some("Unschedulable")).then(|| scheduled.message.as_deref().unwrap_or("no node takes it"))
+    (scheduled.status == "False" && scheduled.reason.as_deref() == Some("Unschedulable"))
+        .then(|| scheduled.message.as_deref().unwrap_or("no node takes it"))
 }
 
 /// Whether its store serves what it is assigned, as its own probe says.
@@ -116,7 +117,11 @@ mod tests {
 
     #[test]
     fn one_store_at_a_time_is_restarted_and_only_while_it_is_safe() {
-        let (a, b, c) = (pod("a-store-0", "old", true, true), pod("a-store-2", "old", true, true), pod("a-store-10", "old", true, true));
+        let (a, b, c) = (
+            pod("a-store-0", "old", true, true),
+            pod("a-store-2", "old", true, true),
+            pod("a-store-10", "old", true, true),
+        );
         let pods = [&a, &b, &c];
         assert_eq!(next(&stores(2), &pods, Ok(())), Roll::Next(&c));
         assert_eq!(next(&stores(2), &pods, Err("no".to_owned())), Roll::Wait("no".to_owned()));

@@ -71,7 +71,8 @@ mod tests {
     use serde_json::json;
 
     fn node(name: &str, unschedulable: bool) -> Arc<Node> {
-        let node = json!({"metadata": {"name": name, "labels": {HOSTNAME: name}}, "spec": {"unschedulable": unschedulable}});
+        let node =
+            json!({"metadata": {"name": name, "labels": {HOSTNAME: name}}, "spec": {"unschedulable": unschedulable}});
         Arc::new(serde_json::from_value(node).unwrap())
     }
 

@@ -9,8 +9,8 @@ use tokio_util::sync::CancellationToken;
 use vasto_crds::{Keyspace, parse};
 
 use super::Error;
-use crate::edit::{Change, Refusal};
 use super::handle::Handle;
+use crate::edit::{Change, Refusal};
 
 const POLL: Duration = Duration::from_millis(500);
 

@@ -204,9 +204,11 @@ impl Kubelet {
         };
         self.busy.remove(&name);
         let Some(Started { uid, store, operator }) = started else { return };
-        let still = self.seen.pods.get(&name).is_some_and(|pod| {
-            pod.uid().as_ref() == Some(&uid) && pod.metadata.deletion_timestamp.is_none()
-        });
+        let still = self
+            .seen
+            .pods
+            .get(&name)
+            .is_some_and(|pod| pod.uid().as_ref() == Some(&uid) && pod.metadata.deletion_timestamp.is_none());
         if still && !self.processes.contains_key(&uid) {
             let stop = CancellationToken::new();
             self.inner.change(|w| w.start(&uid, store));
@@ -267,8 +269,7 @@ async fn look(inner: &Inner, pod: &Pod, claim: Option<&PersistentVolumeClaim>) -
         };
         provide(inner, claim, &node).await?;
         let binding = json!({"metadata": {"name": name}, "target": {"kind": "Node", "name": node}});
-        let _: serde_json::Value =
-            pods.create_subresource("binding", &name, &PostParams::default(), &binding).await?;
+        let _: serde_json::Value = pods.create_subresource("binding", &name, &PostParams::default(), &binding).await?;
         return Ok(None);
     }
     resize(inner, claim, &faults.unresizable).await?;
@@ -285,9 +286,11 @@ async fn look(inner: &Inner, pod: &Pod, claim: Option<&PersistentVolumeClaim>) -
 
 /// Says that no node takes the pod.
 async fn refuse(pods: &Api<Pod>, pod: &Pod, why: &str) -> Result<Option<Started>> {
-    let said = pod.status.iter().flat_map(|s| s.conditions.iter().flatten()).any(|c| {
-        c.type_ == "PodScheduled" && c.status == "False" && c.message.as_deref() == Some(why)
-    });
+    let said = pod
+        .status
+        .iter()
+        .flat_map(|s| s.conditions.iter().flatten())
+        .any(|c| c.type_ == "PodScheduled" && c.status == "False" && c.message.as_deref() == Some(why));
     if !said {
         let condition = json!({"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": why});
         let status = json!({"status": {"conditions": [condition]}});
@@ -373,7 +376,10 @@ async fn node_for(inner: &Inner, claim: &PersistentVolumeClaim) -> Result<std::r
     if let Some(volume) = volumes.get_opt(&volume_name(claim)).await? {
         let node = volume.annotations().get("vasto.test/node").cloned().unwrap_or_default();
         return Ok(match all.iter().find(|n| n.name_any() == node) {
-            None => Err(format!("0/{} nodes are available: node(s) didn't match PersistentVolume's node affinity", all.len())),
+            None => Err(format!(
+                "0/{} nodes are available: node(s) didn't match PersistentVolume's node affinity",
+                all.len()
+            )),
             Some(n) if cordoned(&n) => Err("node(s) were unschedulable".to_owned()),
             Some(_) => Ok(node),
         });

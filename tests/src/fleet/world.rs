@@ -502,7 +502,9 @@ impl World {
             match self.truth(uid) {
                 None if ledger.keys.is_empty() => {}
                 None => said = format!("no volume has anything of the keyspace {uid}"),
-                Some(t) if t.phase() == Phase::Deleting => said = format!("the keyspace {uid} is being deleted unasked"),
+                Some(t) if t.phase() == Phase::Deleting => {
+                    said = format!("the keyspace {uid} is being deleted unasked")
+                }
                 Some(t) => {
                     if let Some(key) = ledger.keys.iter().find(|key| !self.held(uid, t, **key)) {
                         said = format!("shard {} of {} has lost data", jump_hash(*key, t.size().max(1)), t.name);
@@ -558,7 +560,8 @@ impl World {
             }
         }
         for volume in self.volumes.values() {
-            for id in volume.keyspaces.get(uid).iter().flat_map(|k| k.replicas.keys()).filter(|id| !named.contains(id)) {
+            for id in volume.keyspaces.get(uid).iter().flat_map(|k| k.replicas.keys()).filter(|id| !named.contains(id))
+            {
                 complaints.push(format!("{} still has replica {id:016x}", volume.claim));
             }
         }

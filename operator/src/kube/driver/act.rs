@@ -293,7 +293,11 @@ fn found(entry: &Entry, seen: &BTreeMap<String, Seen>, cluster: &Cluster) -> Vec
     }
     let named = entry.topology.as_ref().map(|t| t.stores().into_iter().map(str::to_owned).collect::<Vec<_>>());
     for store in named.unwrap_or_default().iter().filter(|store| cluster.is_gone(store)) {
-        say("VolumeLost", store, format!("the volume of {store} is gone: the node that had it does not exist any more"));
+        say(
+            "VolumeLost",
+            store,
+            format!("the volume of {store} is gone: the node that had it does not exist any more"),
+        );
     }
     for (store, pod) in cluster.pods.iter().filter(|(_, p)| p.metadata.deletion_timestamp.is_none()) {
         let name = pod.name_any();

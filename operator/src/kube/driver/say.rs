@@ -196,8 +196,13 @@ impl Crier {
         let reference = keyspace.object_ref(&());
         // The API server takes no longer ones.
         let note = note.chars().take(1_000).collect();
-        let event =
-            Event { type_, reason: reason.to_owned(), note: Some(note), action: "Reconcile".to_owned(), secondary: None };
+        let event = Event {
+            type_,
+            reason: reason.to_owned(),
+            note: Some(note),
+            action: "Reconcile".to_owned(),
+            secondary: None,
+        };
         tokio::spawn(async move {
             let published = within(PATIENCE, recorder.publish(&event, &reference)).await;
             let error = match published {

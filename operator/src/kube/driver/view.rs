@@ -135,7 +135,12 @@ impl Cluster {
         }
         let request = |store: &String| {
             let uid = self.pods.get(store)?.uid()?;
-            Some(ReplaceRequest { store: store.clone(), request: drain_request(&uid), hold: true, accept_data_loss: false })
+            Some(ReplaceRequest {
+                store: store.clone(),
+                request: drain_request(&uid),
+                hold: true,
+                accept_data_loss: false,
+            })
         };
         let under_way = entry.topology.as_ref().and_then(|t| t.replace.as_ref()).map(|r| r.store.clone());
         let first = under_way.filter(|store| self.draining.contains(store));

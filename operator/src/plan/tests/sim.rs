@@ -132,7 +132,8 @@ impl Sim {
     }
 
     pub(super) fn replace(&mut self, store: &str, request: &str, accept_data_loss: bool) {
-        self.spec.replace = Some(ReplaceRequest { store: store.into(), request: request.into(), hold: false, accept_data_loss });
+        self.spec.replace =
+            Some(ReplaceRequest { store: store.into(), request: request.into(), hold: false, accept_data_loss });
     }
 
     pub(super) fn store(&mut self, name: &str) -> &mut Store {
