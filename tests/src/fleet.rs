@@ -314,10 +314,10 @@ impl Fleet {
         }
     }
 
-    /// The node that a pod runs on.
+    /// The node that a pod runs on; empty if none does, or there is no such pod.
     pub async fn node_of(&self, pod: &str) -> String {
         let pods: Api<Pod> = Api::namespaced(self.inner.client.clone(), &self.inner.namespace);
-        pods.get(pod).await.unwrap().spec.and_then(|s| s.node_name).unwrap_or_default()
+        pods.get_opt(pod).await.unwrap().and_then(|p| p.spec).and_then(|s| s.node_name).unwrap_or_default()
     }
 
     /// What is there, for a failed test.
