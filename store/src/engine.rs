@@ -13,6 +13,8 @@ use rocksdb::{
     SstFileWriter, WriteBatch, WriteBufferManager, WriteOptions, compaction_filter::Decision,
 };
 
+use tokio_util::sync::{CancellationToken, DropGuard};
+
 use crate::record::Record;
 
 const RECORDS: &str = "records";
@@ -148,6 +150,8 @@ pub struct Engine {
     options: Options,
     /// What compaction may drop.
     pub collection: Arc<Collection>,
+    /// Tells that the database is closed: the last field, so dropped after it.
+    closed: DropGuard,
 }
 
 /// Changes to be written together.
@@ -237,7 +241,8 @@ impl Engine {
         ];
         let db = DB::open_cf_descriptors(&options, path, families)
             .map_err(|source| Error::Rocks { path: path.to_owned(), source })?;
-        Ok(Self { db, path: path.to_owned(), options: Self::records_options(shared, None), collection })
+        let options = Self::records_options(shared, None);
+        Ok(Self { db, path: path.to_owned(), options, collection, closed: CancellationToken::new().drop_guard() })
     }
 
     fn records_options(shared: &Shared, collection: Option<Arc<Collection>>) -> Options {
@@ -449,6 +454,11 @@ impl Engine {
             running_compactions: whole("rocksdb.num-running-compactions"),
             running_flushes: whole("rocksdb.num-running-flushes"),
         }
+    }
+
+    /// Cancelled once the database is closed, when nobody uses this any more.
+    pub fn closed(&self) -> CancellationToken {
+        self.closed.token().clone()
     }
 
     /// Stops background work, before the files are deleted.

@@ -11,6 +11,7 @@ pub mod record;
 mod build;
 mod clean;
 mod collect;
+mod cut;
 mod engine;
 mod follow;
 mod host;
@@ -31,6 +32,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::StreamExt;
 use tokio::net::TcpListener;
 use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
@@ -41,6 +43,8 @@ pub use metrics::Monitor;
 
 /// No message is larger, either way.
 pub(crate) const MESSAGE_LIMIT: usize = 16 << 20;
+/// How long a store that stops waits for what still reads its files.
+const CLOSED_WITHIN: Duration = Duration::from_secs(2);
 
 /// How a store runs.
 #[derive(Clone, Debug)]
@@ -118,8 +122,9 @@ pub async fn serve(options: Options, env: Env, listener: TcpListener, stop: Canc
     let reporting = tokio::spawn(report::run(host.clone(), env.clone(), options.operator, leave.clone()));
     let learning = tokio_util::task::AbortOnDropHandle::new(tokio::spawn(host.clone().learn_from_peers()));
     let server = server::Server::new(host.clone(), env, options.monitor.counts());
+    let cut = CancellationToken::new();
+    let incoming = TcpListenerStream::new(listener).map(|stream| stream.map(|stream| cut::Cut::new(stream, &cut)));
     let serving = tonic::transport::Server::builder()
-        .tcp_nodelay(true)
         .initial_stream_window_size(4 << 20)
         .initial_connection_window_size(16 << 20)
         .http2_keepalive_interval(Some(Duration::from_secs(5)))
@@ -132,8 +137,7 @@ pub async fn serve(options: Options, env: Env, listener: TcpListener, stop: Canc
         .add_service(
             PeerServer::new(server).max_decoding_message_size(MESSAGE_LIMIT).max_encoding_message_size(MESSAGE_LIMIT),
         )
-        .serve_with_incoming(TcpListenerStream::new(listener));
-    // Streams are endless, so a graceful end would wait for ever: connections are cut.
+        .serve_with_incoming(incoming);
     let handed_over = async {
         stop.cancelled().await;
         leave::hand_over(&host).await;
@@ -147,7 +151,15 @@ pub async fn serve(options: Options, env: Env, listener: TcpListener, stop: Canc
     leave.cancel();
     drop(learning);
     let _ = reporting.await;
+    let files: Vec<_> = host.replicas().iter().map(|r| r.engine.closed()).collect();
     host.stop().await;
+    // Once all that was accepted is answered.
+    cut.cancel();
+    // A process must not end while RocksDB is in use: the end of its globals would abort it.
+    let closed = futures::future::join_all(files.iter().map(|f| f.cancelled()));
+    if tokio::time::timeout(CLOSED_WITHIN, closed).await.is_err() {
+        tracing::warn!(store = options.name, "not all files are closed within {CLOSED_WITHIN:?}; it stops now");
+    }
     tracing::info!(store = options.name, "stopped");
     served
 }

@@ -23,6 +23,7 @@ use vasto_client::v1::{
 
 use super::context;
 use crate::dir::Dir;
+use crate::engine::Engine;
 use crate::host::Host;
 use crate::metrics::Monitor;
 use crate::server::Server;
@@ -406,7 +407,7 @@ async fn until<T>(
 }
 
 struct Running {
-    _dir: tempfile::TempDir,
+    dir: tempfile::TempDir,
     address: String,
     monitor: Monitor,
     stop: CancellationToken,
@@ -422,7 +423,7 @@ impl Running {
         let (monitor, stop) = (options.monitor.clone(), CancellationToken::new());
         assert!(monitor.ready().unwrap_err().contains("starting"));
         let task = tokio::spawn(serve(options, Env::real(), listener, stop.clone()));
-        Self { _dir: dir, address, monitor, stop, task }
+        Self { dir, address, monitor, stop, task }
     }
 
     async fn answers(&self, operations: impl IntoIterator<Item = Operation>) -> Vec<Answer> {
@@ -439,9 +440,10 @@ impl Running {
         answers
     }
 
-    async fn stopped(self) {
+    async fn stopped(self) -> tempfile::TempDir {
         self.stop.cancel();
         tokio::time::timeout(PATIENCE, self.task).await.unwrap().unwrap().unwrap();
+        self.dir
     }
 }
 
@@ -542,6 +544,20 @@ async fn stores_that_leave_together_do_not_wait_for_one_another_for_long() {
     let begin = Instant::now();
     tokio::join!(first.stopped(), second.stopped());
     assert!(begin.elapsed() < Duration::from_secs(4), "the whole bound has passed: {:?}", begin.elapsed());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_store_that_has_stopped_has_closed_its_files_whoever_is_connected() {
+    let (_operator, _reported, [first, second], [id, _]) = two().await;
+    let mut client = StoreClient::new(Env::real().dial(&first.address).unwrap());
+    let mut stream = client.pipe(futures::stream::pending::<Batch>()).await.unwrap().into_inner();
+    let dir = first.stopped().await;
+    // One process opens a database once.
+    let db = dir.path().join("keyspaces").join(UID).join(format!("replicas/{id:016x}/db"));
+    assert!(Engine::open(&db, &context().shared).is_ok());
+    let cut = tokio::time::timeout(PATIENCE, stream.next()).await.expect("the client hears of it");
+    assert!(cut.is_none_or(|answer| answer.is_err()));
+    second.stopped().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
