@@ -259,6 +259,11 @@ impl Hub {
         self.index().release(name);
     }
 
+    /// Whether [`Hub::settle`] was called.
+    pub fn settled(&self) -> bool {
+        self.index().settled
+    }
+
     /// From now on a name that nobody has claimed is answered as missing.
     pub fn settle(&self) {
         let mut index = self.index();

@@ -35,7 +35,7 @@ pub(crate) enum Error {
     #[error("{what} of a keyspace of this name that was deleted (uid {uid}) is still being deleted")]
     Former { what: String, uid: String },
     /// The API server refused, or could not be reached.
-    #[error("{what}: {source}")]
+    #[error("{what}: {}", said(.source))]
     Refused { what: String, source: kube::Error },
     /// No answer.
     #[error(transparent)]
@@ -72,6 +72,14 @@ impl Error {
             kube::Error::Api(status) if status.code == 404 => Self::Stale { what },
             _ => Self::Refused { what, source: error },
         }
+    }
+}
+
+/// What the API server says of it, without the whole answer.
+fn said(error: &kube::Error) -> String {
+    match error {
+        kube::Error::Api(status) => status.message.clone(),
+        other => other.to_string(),
     }
 }
 

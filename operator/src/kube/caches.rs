@@ -14,6 +14,7 @@ use kube::runtime::{WatchStreamExt, watcher};
 use kube::{Api, Client, Resource, ResourceExt};
 use serde::de::DeserializeOwned;
 use tokio::sync::OnceCell;
+use tokio_util::sync::CancellationToken;
 use vasto_crds::Keyspace;
 
 use super::objects::{KEYSPACE_LABEL, MANAGED_BY};
@@ -28,6 +29,8 @@ pub(crate) struct Stores {
     pub(crate) claims: Store<PersistentVolumeClaim>,
     /// `None` where only one namespace is served: nodes are not to be seen from there.
     pub(crate) nodes: Option<Store<Node>>,
+    /// One for each of these: cancelled once the first list has come.
+    listed: Vec<CancellationToken>,
 }
 
 /// Set once the watches have begun.
@@ -48,20 +51,21 @@ impl Caches {
 
     /// Begins the watches. The stream says which keyspaces have changed under it; polling it keeps all up to date.
     pub(crate) fn begin(&self, client: &Client, namespace: Option<&str>) -> Touched {
-        let (statefulsets, a) = owned::<StatefulSet>(client, namespace);
-        let (services, b) = owned::<Service>(client, namespace);
-        let (accounts, c) = owned::<ServiceAccount>(client, namespace);
-        let (budgets, d) = owned::<PodDisruptionBudget>(client, namespace);
-        let (pods, e) = owned::<Pod>(client, namespace);
-        let (claims, f) = owned::<PersistentVolumeClaim>(client, namespace);
+        let mut listed = Vec::new();
+        let (statefulsets, a) = owned::<StatefulSet>(client, namespace, &mut listed);
+        let (services, b) = owned::<Service>(client, namespace, &mut listed);
+        let (accounts, c) = owned::<ServiceAccount>(client, namespace, &mut listed);
+        let (budgets, d) = owned::<PodDisruptionBudget>(client, namespace, &mut listed);
+        let (pods, e) = owned::<Pod>(client, namespace, &mut listed);
+        let (claims, f) = owned::<PersistentVolumeClaim>(client, namespace, &mut listed);
         let (nodes, g) = match namespace {
             Some(_) => (None, futures::stream::pending().boxed()),
             None => {
-                let (nodes, touched) = nodes(client, pods.clone());
+                let (nodes, touched) = nodes(client, pods.clone(), &mut listed);
                 (Some(nodes), touched)
             }
         };
-        let stores = Stores { statefulsets, services, accounts, budgets, pods, claims, nodes };
+        let stores = Stores { statefulsets, services, accounts, budgets, pods, claims, nodes, listed };
         // Begun once.
         let _ = self.0.set(stores);
         futures::stream::select_all([a, b, c, d, e, f, g]).boxed()
@@ -69,22 +73,12 @@ impl Caches {
 }
 
 impl Stores {
-    /// Waits until each watch has seen what there is.
+    /// Waits until each watch has seen what there is. Any number may wait, unlike on a kube store, which wakes
+    /// only the last one.
     pub(crate) async fn ready(&self) {
-        let Self { statefulsets, services, accounts, budgets, pods, claims, nodes } = self;
-        let _ = tokio::join!(
-            statefulsets.wait_until_ready(),
-            services.wait_until_ready(),
-            accounts.wait_until_ready(),
-            budgets.wait_until_ready(),
-            pods.wait_until_ready(),
-            claims.wait_until_ready(),
-            async {
-                if let Some(nodes) = nodes {
-                    let _ = nodes.wait_until_ready().await;
-                }
-            }
-        );
+        for listed in &self.listed {
+            listed.cancelled().await;
+        }
     }
 }
 
@@ -98,21 +92,30 @@ where
     }
 }
 
-/// Watches every Keyspace.
+/// Watches every Keyspace; `listed` is cancelled once all have been seen.
 pub(crate) fn keyspaces(
     client: &Client,
     namespace: Option<&str>,
+    listed: CancellationToken,
 ) -> (Store<Keyspace>, impl Stream<Item = Result<Keyspace, watcher::Error>> + Send + use<>) {
     let (reader, writer) = reflector::store();
     let stream = watcher(api::<Keyspace>(client, namespace), watcher::Config::default())
         .default_backoff()
         .modify(|k| k.metadata.managed_fields = None)
         .reflect(writer)
+        .inspect(move |event| tell(event, &listed))
         .touched_objects();
     (reader, stream)
 }
 
-fn owned<K>(client: &Client, namespace: Option<&str>) -> (Store<K>, Touched)
+/// Cancels `listed` at the end of a first list.
+fn tell<K>(event: &Result<watcher::Event<K>, watcher::Error>, listed: &CancellationToken) {
+    if matches!(event, Ok(watcher::Event::InitDone)) {
+        listed.cancel();
+    }
+}
+
+fn owned<K>(client: &Client, namespace: Option<&str>, listed: &mut Vec<CancellationToken>) -> (Store<K>, Touched)
 where
     K: Resource<DynamicType = (), Scope = NamespaceResourceScope>
         + Clone
@@ -123,7 +126,7 @@ where
         + 'static,
 {
     let config = watcher::Config::default().labels(&format!("{}={},{KEYSPACE_LABEL}", MANAGED_BY.0, MANAGED_BY.1));
-    let (reader, stream) = seen(api::<K>(client, namespace), config);
+    let (reader, stream) = seen(api::<K>(client, namespace), config, listed);
     let touched = stream.filter_map(|object: K| async move {
         let name = object.labels().get(KEYSPACE_LABEL)?.clone();
         Some(ObjectRef::new(&name).within(&object.namespace()?))
@@ -132,8 +135,8 @@ where
 }
 
 /// Nodes, and the keyspaces whose pods stand on one that has changed.
-fn nodes(client: &Client, pods: Store<Pod>) -> (Store<Node>, Touched) {
-    let (reader, stream) = seen(Api::<Node>::all(client.clone()), watcher::Config::default());
+fn nodes(client: &Client, pods: Store<Pod>, listed: &mut Vec<CancellationToken>) -> (Store<Node>, Touched) {
+    let (reader, stream) = seen(Api::<Node>::all(client.clone()), watcher::Config::default(), listed);
     // Heartbeats change nothing that matters here.
     let mut known = std::collections::BTreeMap::new();
     let touched = stream.flat_map(move |node: Node| {
@@ -159,16 +162,23 @@ pub(crate) fn cordoned(node: &Node) -> bool {
     spec.unschedulable == Some(true) || spec.taints.iter().flatten().any(leaving)
 }
 
-fn seen<K>(api: Api<K>, config: watcher::Config) -> (Store<K>, impl Stream<Item = K> + Send + use<K>)
+fn seen<K>(
+    api: Api<K>,
+    config: watcher::Config,
+    listed: &mut Vec<CancellationToken>,
+) -> (Store<K>, impl Stream<Item = K> + Send + use<K>)
 where
     K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + Sync + 'static,
     K::DynamicType: Eq + Hash + Clone,
 {
     let (reader, writer) = reflector::store();
+    let first = CancellationToken::new();
+    listed.push(first.clone());
     let stream = watcher(api, config)
         .default_backoff()
         .modify(|o: &mut K| o.managed_fields_mut().clear())
         .reflect(writer)
+        .inspect(move |event| tell(event, &first))
         .touched_objects()
         .filter_map(|event| async {
             event

@@ -117,7 +117,8 @@ impl Driver {
         let touched = Arc::new(Touched::default());
         let watching = touched.clone().collect(self.caches.begin(&client, namespace.as_deref()));
         let _watching = AbortOnDropHandle::new(tokio::spawn(watching));
-        let (reader, keyspaces) = caches::keyspaces(&client, namespace.as_deref());
+        let listed = CancellationToken::new();
+        let (reader, keyspaces) = caches::keyspaces(&client, namespace.as_deref(), listed.clone());
         let store = reader.clone();
         let heard = futures::stream::unfold(self.clone(), |driver| async move {
             driver.hub.wait().await;
@@ -132,12 +133,11 @@ impl Driver {
             let (driver, store) = (self.clone(), store.clone());
             async move {
                 // Nobody is told that a keyspace is missing before all have been seen.
-                if store.wait_until_ready().await.is_ok() {
-                    for keyspace in store.state() {
-                        driver.hub.claim(&topology_name(&keyspace));
-                    }
-                    driver.hub.settle();
+                listed.cancelled().await;
+                for keyspace in store.state() {
+                    driver.hub.claim(&topology_name(&keyspace));
                 }
+                driver.hub.settle();
             }
         };
         let controller = Controller::for_stream(keyspaces, reader)

@@ -155,7 +155,14 @@ impl Monitor {
 
     /// Whether the topology stream is served; else why not.
     pub fn ready(&self) -> Result<(), String> {
-        if self.0.serving.load(Ordering::Acquire) { Ok(()) } else { Err("the stream is not served (yet)".to_owned()) }
+        let hub = self.0.hub.lock().unwrap_or_else(PoisonError::into_inner);
+        if !self.0.serving.load(Ordering::Acquire) {
+            Err("the stream is not served (yet)".to_owned())
+        } else if hub.as_ref().is_none_or(|hub| !hub.settled()) {
+            Err("the API server has not yet listed the keyspaces".to_owned())
+        } else {
+            Ok(())
+        }
     }
 
     /// Everything, as Prometheus reads it.
