@@ -115,6 +115,7 @@ impl Default for Manner {
 pub struct Operator {
     pub tap: Tap,
     pub address: String,
+    pub monitor: Monitor,
     endpoints: Endpoints,
     runtime: Option<Runtime>,
     stop: CancellationToken,
@@ -191,6 +192,7 @@ impl Bench {
         // With just the rights that the chart gives it.
         let who = Who::Account { namespace: home.to_owned(), name: OPERATOR.to_owned() };
         let client = ClientBuilder::try_from(self.plane.config(&who)).unwrap().with_layer(&tap).build();
+        let monitor = Monitor::new();
         let options = Options {
             client,
             namespace: (!manner.cluster).then(|| self.namespace.clone()),
@@ -201,14 +203,19 @@ impl Bench {
             advertise: address.clone(),
             env: Env::real(),
             timings: manner.timings,
-            monitor: Monitor::new(),
+            monitor: monitor.clone(),
         };
         let stop = CancellationToken::new();
         let served = runtime.spawn(serve(options, listener, stop.clone()));
         drop(guard);
         let endpoints = self.endpoints.clone();
         endpoints.change(|all| all.push(address.clone()));
-        Operator { tap, address, endpoints, runtime: Some(runtime), stop, served: Some(served) }
+        Operator { tap, address, monitor, endpoints, runtime: Some(runtime), stop, served: Some(served) }
+    }
+
+    /// Stores find an operator at this address too.
+    pub fn found_at(&self, address: &str) {
+        self.endpoints.change(|all| all.push(address.to_owned()));
     }
 
     // ---- what people do ----

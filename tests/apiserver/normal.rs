@@ -123,7 +123,9 @@ pub fn sorted(value: Value) -> Value {
 pub fn keyspace(keyspace: &Keyspace) -> Value {
     let status = keyspace.status.clone().unwrap_or_default();
     let topology = topology(keyspace);
-    let conditions: Vec<Value> = status.conditions.iter().map(|c| json!([c.type_, c.status, c.reason])).collect();
+    let mut conditions: Vec<Value> = status.conditions.iter().map(|c| json!([c.type_, c.status, c.reason])).collect();
+    // Their order is that in which they were first said.
+    conditions.sort_by_key(ToString::to_string);
     let stores: Vec<Value> = status
         .stores
         .iter()

@@ -77,7 +77,7 @@ where
 {
     let api: Api<K> = Api::namespaced(bench.client.clone(), &bench.namespace);
     let all = api.list(&ListParams::default().labels("vasto.io/keyspace")).await.unwrap();
-    assert!(all.items.iter().count() > 0);
+    assert!(!all.items.is_empty());
     for object in all {
         let name = format!("{} {}", K::kind(&()), object.name_any());
         let ours = object.managed_fields().iter().filter(|m| m.subresource.is_none());

@@ -1,8 +1,12 @@
 //! Many keyspaces amid much that is not Vasto's: at rest nothing is written, and the
 //! operator's memory follows its own keyspaces, not the cluster.
 //!
-//! `VASTO_SCALE_KEYSPACES` (of which a tenth have stores), `VASTO_SCALE_FOREIGN`: how many.
+//! How many: `VASTO_SCALE_KEYSPACES`, of which `VASTO_SCALE_STORES` have a store (the others are paused before
+//! anything is made for them), `VASTO_SCALE_FOREIGN`; for at most `VASTO_SCALE_SECONDS`.
 
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -13,10 +17,11 @@ use kube::api::{Api, ListParams};
 use serde_json::json;
 use vasto_crds::{Keyspace, Phase};
 use vasto_operator::kube::Timings;
+use vasto_tests::cluster::vasto;
 use vasto_tests::control_plane::{create, mebibytes, resident};
 use vasto_tests::fleet::Fleet;
 
-use crate::bench::{Bench, Manner, fresh_namespace, own_plane};
+use crate::bench::{Bench, IMAGE, Manner, SERVICE, fresh_namespace, own_plane};
 use crate::tap::Strike;
 
 /// Requests at once.
@@ -29,7 +34,7 @@ fn number(name: &str, default: usize) -> usize {
 #[tokio::test(flavor = "multi_thread")]
 async fn many_keyspaces_amid_foreign_objects() {
     let (keyspaces, foreign) = (number("VASTO_SCALE_KEYSPACES", 1_000), number("VASTO_SCALE_FOREIGN", 10_000));
-    let with_stores = keyspaces / 10;
+    let with_stores = number("VASTO_SCALE_STORES", 300).min(keyspaces);
     let plane = own_plane().await;
     let namespace = fresh_namespace("scale");
     plane.namespace(&namespace).await;
@@ -88,6 +93,7 @@ async fn many_keyspaces_amid_foreign_objects() {
         tokio::time::sleep(Duration::from_millis(500)).await;
     }
     println!("{with_stores} ready, the others pending, after {:.1} s", began.elapsed().as_secs_f64());
+    println!("reconciling: {}", reconciling(&operator.monitor.encode()));
 
     // At rest: ten seconds without a write but the lease's.
     let quiet = Duration::from_secs(10);
@@ -147,6 +153,83 @@ async fn many_keyspaces_amid_foreign_objects() {
         .collect();
     assert_eq!(others, Vec::<String>::new(), "a takeover changes nothing");
     operator.tap.clean();
+    operator.stop().await;
+    alone(&bench, keyspaces + 1, foreign).await;
+}
+
+/// The same as a process of its own, as it runs in a pod: what it takes.
+async fn alone(bench: &Bench, keyspaces: usize, foreign: usize) {
+    let port = || std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let (listen, http) = (port(), port());
+    let process = Command::new(vasto())
+        .args(["operator", "--listen", &listen.to_string(), "--http", &http.to_string()])
+        .env("KUBECONFIG", bench.plane.kubeconfig())
+        .envs([
+            ("VASTO_IMAGE", IMAGE),
+            ("VASTO_SERVICE", SERVICE),
+            ("POD_NAME", "alone"),
+            ("POD_NAMESPACE", "vasto-system"),
+        ])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let process = Killed(process);
+    bench.found_at(&listen.to_string());
+    let began = Instant::now();
+    let mut seen = String::new();
+    bench
+        .wait("the process has looked at every keyspace", async || {
+            seen = get(http, "/metrics").unwrap_or_default();
+            measure(&seen, "vasto_operator_leader") == 1.0
+                && measure(&seen, "vasto_operator_reconcile_duration_seconds_count") >= keyspaces as f64
+        })
+        .await;
+    let memory = resident(process.0.id());
+    println!(
+        "`vasto operator` with {keyspaces} keyspaces amid {foreign} foreign objects: all looked at after {:.1} s, {}; \
+         {} resident",
+        began.elapsed().as_secs_f64(),
+        reconciling(&seen),
+        mebibytes(memory)
+    );
+    assert!(memory < 256 << 20, "its memory is to follow its own keyspaces: {}", mebibytes(memory));
+}
+
+/// Killed when dropped.
+struct Killed(Child);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn get(address: SocketAddr, path: &str) -> std::io::Result<String> {
+    let mut stream = TcpStream::connect(address)?;
+    stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+    write!(stream, "GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n")?;
+    let mut text = String::new();
+    stream.read_to_string(&mut text)?;
+    Ok(text)
+}
+
+/// The sum of all series of this name.
+fn measure(metrics: &str, name: &str) -> f64 {
+    let value = |line: &str| {
+        let rest = line.strip_prefix(name)?.trim_start();
+        let rest = if rest.starts_with('{') { rest.split_once('}')?.1 } else { rest };
+        rest.trim().parse::<f64>().ok()
+    };
+    metrics.lines().filter_map(value).sum()
+}
+
+fn reconciling(metrics: &str) -> String {
+    let name = "vasto_operator_reconcile_duration_seconds";
+    let (count, sum) = (measure(metrics, &format!("{name}_count")), measure(metrics, &format!("{name}_sum")));
+    format!("{count:.0} looks of {:.2} ms each", 1_000.0 * sum / count.max(1.0))
 }
 
 /// What others have in the cluster, some of it in the very namespace.

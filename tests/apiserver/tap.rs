@@ -38,6 +38,17 @@ pub struct Write {
 }
 
 impl Write {
+    /// Leases and events are everybody's.
+    fn counts(&self) -> bool {
+        !self.path.contains("/leases") && !self.path.contains("/events")
+    }
+
+    /// Whether it would change an object whatever it has become.
+    fn is_blind(&self) -> bool {
+        let says = |key: &str| self.body.pointer(&format!("/metadata/{key}")).is_some_and(Value::is_string);
+        self.counts() && self.method == "PATCH" && !(says("uid") && says("resourceVersion"))
+    }
+
     /// In one line.
     pub fn brief(&self) -> String {
         let phase = self.body.pointer("/status/phase").and_then(Value::as_str).unwrap_or_default();
@@ -51,7 +62,7 @@ struct State {
     strike: Strike,
     /// Writes but those of leases and events, since `reset`.
     writes: Vec<Write>,
-    /// Deletes that would hit whatever has the name.
+    /// Deletes and changes that hit whatever has the name.
     careless: Vec<Write>,
     /// Requests that were refused for want of rights.
     forbidden: Vec<String>,
@@ -97,7 +108,11 @@ impl Tap {
     /// Panics if the operator did what it must never do.
     pub fn clean(&self) {
         let state = self.state();
-        assert!(state.careless.is_empty(), "deletes without a precondition on the uid: {:#?}", state.careless);
+        assert!(
+            state.careless.is_empty(),
+            "writes that name no uid of what they were decided on: {:#?}",
+            state.careless
+        );
         assert!(state.forbidden.is_empty(), "rights that the operator has not: {:#?}", state.forbidden);
     }
 
@@ -130,8 +145,7 @@ impl Tap {
     /// Takes note of a write. What is to become of it?
     fn note(&self, write: Write) -> Fate {
         let mut state = self.state();
-        let counts = !write.path.contains("/leases") && !write.path.contains("/events");
-        if !counts {
+        if !write.counts() {
             return Fate::Sent;
         }
         if write.method == "DELETE" && write.body.pointer("/preconditions/uid").is_none_or(Value::is_null) {
@@ -194,11 +208,14 @@ where
         let (method, path) = (request.method().clone(), request.uri().path().to_owned());
         let reads = method == Method::GET || query.contains("dryRun=All");
         let asks = path.contains("/selfsubject");
+        let mut blind = None;
         let fate = if reads || asks {
             Fate::Sent
         } else {
             let body = request.body().try_clone();
-            tap.note(Write { method: method.to_string(), path: path.clone(), body: json(body) })
+            let write = Write { method: method.to_string(), path: path.clone(), body: json(body) };
+            blind = Some(write.clone()).filter(Write::is_blind);
+            tap.note(write)
         };
         match fate {
             Fate::DiesBefore => {
@@ -219,6 +236,10 @@ where
                 std::future::pending::<()>().await;
             }
             let answer = answer?.map(Body::new);
+            // One that made the object had none to name.
+            if let Some(write) = blind.filter(|_| answer.status() == StatusCode::OK) {
+                tap.state().careless.push(write);
+            }
             if answer.status() == StatusCode::FORBIDDEN {
                 let (head, body) = answer.into_parts();
                 let body = axum::body::to_bytes(body, 1 << 20).await?;

@@ -9,12 +9,12 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use k8s_openapi::api::core::v1::{Namespace, ServiceAccount};
+use k8s_openapi::api::core::v1::{Namespace, PersistentVolumeClaim, ServiceAccount};
 use k8s_openapi::api::rbac::v1::{ClusterRole, ClusterRoleBinding, Role, RoleBinding};
 use k8s_openapi::api::scheduling::v1::PriorityClass;
 use k8s_openapi::api::storage::v1::StorageClass;
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
-use kube::api::{Api, PostParams};
+use kube::api::{Api, ListParams, PostParams};
 use kube::{Client, Config};
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
@@ -368,6 +368,15 @@ impl ControlPlane {
         let rules = rules(&[namespaced_rules(), lease_rules()]);
         create::<Role>(&client, Some(name), json!({"metadata": {"name": OPERATOR}, "rules": rules})).await;
         create::<RoleBinding>(&client, Some(name), binding("Role", name)).await;
+        // The API server comes to know of a role a little later than it has it.
+        let account = Who::Account { namespace: name.to_owned(), name: OPERATOR.to_owned() };
+        let claims: Api<PersistentVolumeClaim> =
+            Api::namespaced(Client::try_from(self.config(&account)).unwrap(), name);
+        let deadline = Instant::now() + PATIENCE;
+        while let Err(error) = claims.list(&ListParams::default().limit(1)).await {
+            assert!(Instant::now() < deadline, "the operator's account has no rights: {error}");
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
     }
 }
 
