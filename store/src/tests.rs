@@ -20,7 +20,7 @@ use crate::engine::{Batch, Engine, RocksStorage};
 use crate::follow;
 use crate::merge::{Change, Limits, LocalOp};
 use crate::meta;
-use crate::record::{Base, Content, Kind, Number, Op, Record, Slot, Stamp, time_of};
+use crate::record::{Base, Chunk, Content, Kind, Number, Op, Record, Slot, Stamp, time_of};
 use crate::replica::{Context, Replica, Settings};
 use crate::writer::{LocalWrite, PeerBatch, Refused};
 
@@ -286,6 +286,23 @@ async fn a_page_ships_each_current_record_once_and_nothing_back() {
     assert_eq!(keys(5), ["once", "twice"], "what its present life gave is not sent back");
     assert_eq!(keys(6), ["once", "twice", "given"], "what an earlier life gave is: it may have lost that");
     assert_eq!(page(5).seq, last);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_change_that_meets_a_peers_own_is_sent_to_that_peer() {
+    let dir = tempfile::tempdir().unwrap();
+    let topology = stable(1, &[&[ME, PEER]]);
+    let replica = open(dir.path(), &topology);
+    one(&replica, write("both", Change::Append(Bytes::from_static(b"mine")))).await.unwrap();
+    let chunk = Chunk { stamp: Stamp { time: 1 << 20, origin: 5 }, bytes: Bytes::from_static(b"theirs") };
+    let unwritten = Base { partition_hash: partition_hash(b"both"), ..Base::default() };
+    replica.apply(from_peer("both", Record::new(unwritten, Vec::new(), vec![chunk]), 10)).await.unwrap();
+    put(&replica, "older").await.unwrap();
+    replica.apply(from_peer("older", record("older", time_of(1 << 47), Content::Nothing), 11)).await.unwrap();
+    let last = replica.progress.last_seq();
+    let page = follow::page(&replica.engine, &topology, (ME, PEER), 5, 1, last).unwrap();
+    let keys: Vec<_> = page.records.into_iter().map(|r| r.key).collect();
+    assert_eq!(keys, ["both"], "the peer has not got what was appended here; what it put over the older it has");
 }
 
 #[tokio::test(flavor = "multi_thread")]

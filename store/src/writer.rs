@@ -434,14 +434,17 @@ impl Writer {
                 continue;
             }
             self.clock.observe(record.greatest_stamp().time);
-            let existing = self.existing(&key, overlay)?;
-            let joined = match existing.clone() {
-                Some(mine) => join(mine, record),
-                None => record,
+            let Some(mine) = self.existing(&key, overlay)? else {
+                self.put(key, record, peer.from, batch, overlay);
+                continue;
             };
+            let joined = join(mine.clone(), record.clone());
             // What changes nothing is no change: else two replicas would send it to and fro.
-            if existing.as_ref() != Some(&joined) {
-                self.put(key, joined, peer.from, batch, overlay);
+            if joined != mine {
+                // The line replaces those of this replica's own changes, which the peer may not have got yet: it
+                // is one that the peer needn't get only where that has all of it.
+                let from = if joined == record { peer.from } else { 0 };
+                self.put(key, joined, from, batch, overlay);
             }
         }
         for position in peer.positions {
