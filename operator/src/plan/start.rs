@@ -133,7 +133,9 @@ fn ask(t: &mut Topology, call: &mut Call<'_>) {
     let at_store = |p: &vasto_client::topology::Place<'_>| p.assignment.store == request.store;
     if t.replace.is_none() {
         if !current.places().any(|p| at_store(&p)) && !wanted.iter().flatten().any(|s| *s == request.store) {
-            call.wait(Wait::UnknownStore { store: request.store.clone() });
+            // Another change has taken the store away before its turn came. Left standing, the wish would hit
+            // whoever bears the name later.
+            t.replaced.clone_from(&request.request);
             return;
         }
         let (store, request) = (request.store.clone(), request.request.clone());

@@ -127,11 +127,6 @@ pub enum Wait {
         /// The replica.
         replica: u64,
     },
-    /// A replace names a store that the keyspace doesn't have.
-    UnknownStore {
-        /// The name.
-        store: String,
-    },
     /// A store still has the deleted keyspace.
     Deleting {
         /// The store.
@@ -189,9 +184,6 @@ impl fmt::Display for Wait {
                 write!(f, "{store} still deletes keys that moved away from its shard {shard}")
             }
             Self::Drop { store, replica } => write!(f, "{store} still deletes replica {replica:016x}"),
-            Self::UnknownStore { store } => {
-                write!(f, "{store} can't be replaced: the keyspace has no store of this name")
-            }
             Self::Deleting { store } => write!(f, "{store} still has the deleted keyspace"),
         }
     }

@@ -170,11 +170,12 @@ fn a_replace_is_withdrawn_in_each_phase() {
 }
 
 #[test]
-fn a_replace_of_an_unknown_store_is_said_and_left() {
+fn a_replace_of_a_store_that_is_no_longer_there_is_over() {
     let mut sim = Sim::in_use(3, 1);
     sim.replace("store-7", "r", false);
     sim.settled();
-    assert_eq!(sim.last.as_ref().map(|o| o.waits.clone()), Some(vec![Wait::UnknownStore { store: "store-7".into() }]));
+    assert_eq!(sim.status.as_ref().map(|t| t.replaced.as_str()), Some("r"));
+    assert_eq!(sim.last.as_ref().map(|o| o.waits.clone()), Some(Vec::new()));
 }
 
 #[test]

@@ -1,0 +1,70 @@
+//! The look at the end: what each key reads as, and whether all replicas are the same.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use vasto_client::{Client, Op};
+
+use crate::history::Read;
+use crate::world::{NAME, Shared, Sorted, book, read};
+
+/// How long replicas have to become the same.
+const EQUAL_WITHIN: Duration = Duration::from_secs(30);
+
+/// Reads everything; what is wrong with it.
+pub async fn check(client: &Client, keys: &[String], shared: &Shared) -> Result<(), String> {
+    let keyspace = client.keyspace(NAME).await.map_err(|e| e.to_string())?;
+    let deadline = tokio::time::Instant::now() + EQUAL_WITHIN;
+    loop {
+        match equal(&keyspace).await {
+            Ok(()) => break,
+            Err(differs) if tokio::time::Instant::now() > deadline => {
+                return Err(format!("replicas do not become the same: {differs}"));
+            }
+            Err(_) => tokio::time::sleep(Duration::from_millis(200)).await,
+        }
+    }
+    let answers = keyspace.batch(keys.iter().map(|key| Op::get(key.clone()))).await;
+    let mut wrong = Vec::new();
+    for (key, answer) in keys.iter().zip(answers) {
+        let read = answer.map_err(|e| e.to_string()).and_then(|outcome| read(key, outcome));
+        let found = match read {
+            Ok(read) => {
+                let read = if read == Read::Set(Vec::new()) { Read::Nothing } else { read };
+                book(shared).history.wrong(key, &read)
+            }
+            Err(error) => Some(error),
+        };
+        wrong.extend(found);
+    }
+    if wrong.is_empty() { Ok(()) } else { Err(wrong.join("\n")) }
+}
+
+/// Whether all replicas of each shard hold the same, but for what each may drop when it likes.
+async fn equal(keyspace: &vasto_client::Keyspace) -> Result<(), String> {
+    let update = keyspace.topology();
+    let view = update.topology.as_ref().and_then(|t| t.current.as_ref()).ok_or("no topology")?;
+    for (shard, places) in view.shards.iter().enumerate() {
+        let mut copies: Sorted<Bytes, Vec<Option<(u64, bool)>>> = Sorted::new();
+        let count = places.replicas.len();
+        for (at, place) in places.replicas.iter().enumerate() {
+            let what = |e: vasto_client::Error| format!("shard {shard} on {}: {e}", place.store);
+            let mut inspection = keyspace.inspect(place.replica, None).await.map_err(what)?;
+            while let Some(part) = inspection.next().await {
+                for entry in part.map_err(what)?.entries {
+                    copies.entry(entry.key).or_insert_with(|| vec![None; count])[at] =
+                        Some((entry.hash, entry.collectable));
+                }
+            }
+        }
+        for (key, copies) in copies {
+            if copies.iter().flatten().all(|(_, collectable)| *collectable) {
+                continue;
+            }
+            if copies.iter().any(|copy| *copy != copies[0]) {
+                return Err(format!("shard {shard}: {} is {copies:?}", key.escape_ascii()));
+            }
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,378 @@
+//! The machines of a simulation and what runs on them: an operator, stores, callers and
+//! one that manages. All is under one seed, on one thread.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+
+use rand::{Rng, RngExt, SeedableRng, rngs::StdRng};
+use serde_json::Value;
+use tokio_util::sync::CancellationToken;
+use vasto_client::v1::{ApplyRequest, DescribeRequest, ReplaceRequest, ScaleRequest};
+use vasto_client::{Client, Data, Error, Keyspace, Op, Options, Outcome, Stamp};
+use vasto_operator::local;
+use vasto_store::engine::Storage;
+
+use crate::disk::MemoryStorage;
+use crate::history::{Action, Ended, History, Read, Write};
+use crate::net::{self, Quirks, elapsed};
+
+/// The keyspace's name.
+pub const NAME: &str = "sim";
+/// How long an operation is tried.
+const DEADLINE: Duration = Duration::from_secs(5);
+/// How much later than its deadline an operation may end: a machine looks at its clock every few ms.
+const LATE: Duration = Duration::from_millis(250);
+const OPERATOR: &str = "operator:8278";
+const KEYS: u64 = 12;
+
+/// A wish of whoever manages.
+#[derive(Clone, Debug)]
+pub enum Wish {
+    Apply(String),
+    Scale { shards: u32, factor: u32 },
+    Replace(String),
+}
+
+/// What everybody writes down.
+#[derive(Default)]
+pub struct Book {
+    pub history: History,
+    /// When which write was acknowledged, ms.
+    pub acknowledged: Vec<(u64, u64)>,
+    /// When machines lost what was not synced, and needn't have been, ms.
+    pub losses: Vec<u64>,
+    pub violations: Vec<String>,
+    pub longest: Duration,
+    pub reads: u64,
+    /// Whether callers write.
+    pub load: bool,
+    /// Callers under way.
+    pub busy: usize,
+    pub wishes: VecDeque<Wish>,
+    /// The resource as last seen.
+    pub resource: Value,
+    /// What the check at the end has found.
+    pub checked: Option<Result<(), String>>,
+    pub check: bool,
+    /// The time, for whoever is no machine.
+    pub at: Duration,
+    number: u64,
+    hash: u64,
+    lines: u64,
+    print: bool,
+}
+
+impl Book {
+    pub fn new(print: bool) -> Self {
+        Self { print, ..Self::default() }
+    }
+
+    /// A line of the trace.
+    pub fn note(&mut self, line: &str) {
+        let now = turmoil::sim_elapsed().unwrap_or(self.at);
+        let mut hasher = DefaultHasher::new();
+        (self.hash, now, line).hash(&mut hasher);
+        self.hash = hasher.finish();
+        self.lines += 1;
+        if self.print {
+            println!("{:9.3} {line}", now.as_secs_f64());
+        }
+    }
+
+    /// What should never be.
+    pub fn violation(&mut self, line: String) {
+        self.note(&format!("VIOLATION {line}"));
+        self.violations.push(line);
+    }
+
+    /// The hash of all lines, and how many there are.
+    pub fn trace(&self) -> (u64, u64) {
+        (self.hash, self.lines)
+    }
+}
+
+/// Shared by all.
+pub type Shared = Arc<Mutex<Book>>;
+
+pub fn book(shared: &Shared) -> MutexGuard<'_, Book> {
+    shared.lock().unwrap()
+}
+
+/// A machine that can crash: what outlives it.
+pub struct Machine {
+    pub name: String,
+    pub folder: PathBuf,
+    pub quirks: Arc<Mutex<Quirks>>,
+    pub storage: Arc<MemoryStorage>,
+    /// Ends what runs there, in good order.
+    pub stop: Mutex<CancellationToken>,
+    seeds: Mutex<StdRng>,
+}
+
+impl Machine {
+    pub fn new(name: String, folder: PathBuf, seed: u64) -> Arc<Self> {
+        Arc::new(Self {
+            name,
+            folder,
+            quirks: Arc::default(),
+            storage: Arc::new(MemoryStorage::new(seed)),
+            stop: Mutex::default(),
+            seeds: Mutex::new(StdRng::seed_from_u64(seed)),
+        })
+    }
+
+    fn env(&self) -> vasto_client::Env {
+        net::env(self.seeds.lock().unwrap().next_u64(), self.quirks.clone())
+    }
+
+    fn begin(&self) -> CancellationToken {
+        let stop = CancellationToken::new();
+        *self.stop.lock().unwrap() = stop.clone();
+        stop
+    }
+
+    /// A store, until the machine crashes or `stop`.
+    pub async fn store(self: Arc<Self>, shared: Shared) -> turmoil::Result {
+        let stop = self.begin();
+        let options = vasto_store::Options {
+            advertise: Some(format!("{}:8279", self.name)),
+            ..vasto_store::Options::new(self.name.clone(), self.folder.clone(), OPERATOR)
+        };
+        let storage: Arc<dyn Storage> = self.storage.clone();
+        let connections = net::listen(8279).await?;
+        if let Err(error) = vasto_store::serve_on(options, self.env(), storage, connections, stop).await {
+            book(&shared).violation(format!("{} ended: {error}", self.name));
+        }
+        Ok(())
+    }
+
+    /// The operator, likewise.
+    pub async fn operator(self: Arc<Self>, shared: Shared) -> turmoil::Result {
+        let stop = self.begin();
+        let options = local::Options::new(self.folder.clone(), self.env());
+        let served = match local::Operator::open(options) {
+            Ok(operator) => operator.serve_on(net::listen(8278).await?, Arc::new(local::External), stop).await,
+            Err(error) => Err(error),
+        };
+        if let Err(error) = served {
+            book(&shared).violation(format!("the operator ended: {error}"));
+        }
+        Ok(())
+    }
+
+    /// Carries out wishes, looks at the resource, and in the end at all replicas.
+    pub async fn manager(self: Arc<Self>, shared: Shared) -> turmoil::Result {
+        let client = Client::with(self.env(), OPERATOR.to_owned()).deadline(DEADLINE);
+        loop {
+            let wish = book(&shared).wishes.front().cloned();
+            if let Some(wish) = wish {
+                let done = tokio::time::timeout(Duration::from_secs(2), carry_out(&client, &wish)).await;
+                let line = format!("{wish:?}: {done:?}");
+                let mut book = book(&shared);
+                book.note(&line);
+                // Those that can't be reached are asked again; a refusal is an answer.
+                if matches!(done, Ok(Ok(()) | Err(tonic::Code::InvalidArgument | tonic::Code::FailedPrecondition))) {
+                    book.wishes.pop_front();
+                }
+            }
+            if let Ok(Ok(resource)) = tokio::time::timeout(Duration::from_secs(1), describe(&client)).await {
+                let mut book = book(&shared);
+                let brief = brief(&resource);
+                if brief != self::brief(&book.resource) {
+                    book.note(&brief);
+                }
+                book.resource = resource;
+            }
+            let wanted = {
+                let book = book(&shared);
+                book.check && book.checked.is_none()
+            };
+            if wanted {
+                let keys: Vec<String> = book(&shared).history.keys().cloned().collect();
+                let found = crate::check::check(&client, &keys, &shared).await;
+                let mut book = book(&shared);
+                book.note(&format!("checked: {found:?}"));
+                book.checked = Some(found);
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    }
+
+    /// Tasks that write and read until they are told to rest.
+    pub async fn caller(self: Arc<Self>, shared: Shared, tasks: u64) -> turmoil::Result {
+        let client = Client::with(self.env(), OPERATOR.to_owned()).deadline(DEADLINE);
+        let keyspace = loop {
+            match client.keyspace(NAME).await {
+                Ok(keyspace) => break keyspace,
+                Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
+            }
+        };
+        for task in 0..tasks {
+            let random = StdRng::seed_from_u64(self.seeds.lock().unwrap().next_u64() ^ task);
+            tokio::spawn(call(keyspace.clone(), shared.clone(), random));
+        }
+        std::future::pending().await
+    }
+}
+
+async fn carry_out(client: &Client, wish: &Wish) -> Result<(), tonic::Code> {
+    let mut admin = client.keyspaces().map_err(|_| tonic::Code::Unavailable)?;
+    let name = NAME.to_owned();
+    let done = match wish.clone() {
+        Wish::Apply(document) => admin.apply(ApplyRequest { document }).await,
+        Wish::Scale { shards, factor } => admin.scale(ScaleRequest { name, shards, replication_factor: factor }).await,
+        Wish::Replace(store) => admin.replace(ReplaceRequest { name, store, accept_data_loss: false }).await,
+    };
+    done.map(|_| ()).map_err(|status| status.code())
+}
+
+async fn describe(client: &Client) -> Result<Value, tonic::Code> {
+    let mut admin = client.keyspaces().map_err(|_| tonic::Code::Unavailable)?;
+    let request = DescribeRequest { name: NAME.to_owned(), watch: false };
+    let mut stream = admin.describe(request).await.map_err(|s| s.code())?.into_inner();
+    let first = stream.message().await.map_err(|s| s.code())?.ok_or(tonic::Code::Unavailable)?;
+    serde_json::from_str(&first.json).map_err(|_| tonic::Code::DataLoss)
+}
+
+/// A resource in a line.
+pub fn brief(resource: &Value) -> String {
+    let status = |path: &str| resource.pointer(&format!("/status/{path}")).cloned().unwrap_or_default();
+    let spec = |path: &str| resource.pointer(&format!("/spec/{path}")).cloned().unwrap_or_default();
+    format!(
+        "wanted {} x {}; version {} {} {} shards, {} of {} replicas ready",
+        spec("shards"),
+        spec("replicationFactor"),
+        status("topologyVersion"),
+        status("phase"),
+        status("shards"),
+        status("readyReplicas"),
+        status("replicas"),
+    )
+}
+
+/// Whether nothing is changing any more, and all is as wished.
+pub fn settled(resource: &Value) -> bool {
+    let status = |path: &str| resource.pointer(&format!("/status/{path}"));
+    let number = |value: Option<&Value>| value.and_then(Value::as_u64);
+    let (shards, factor) =
+        (number(resource.pointer("/spec/shards")), number(resource.pointer("/spec/replicationFactor")));
+    resource.pointer("/metadata/annotations/vasto.io~1replace").is_none()
+        && status("phase").and_then(Value::as_str) == Some("Ready")
+        && number(status("shards")) == shards
+        && number(status("replicas")) == shards.zip(factor).map(|(s, f)| s * f)
+        && status("readyReplicas") == status("replicas")
+        && status("observedGeneration") == resource.pointer("/metadata/generation")
+}
+
+async fn call(keyspace: Keyspace, shared: Shared, mut random: StdRng) {
+    loop {
+        tokio::time::sleep(Duration::from_millis(random.random_range(5..120))).await;
+        if !book(&shared).load {
+            continue;
+        }
+        book(&shared).busy += 1;
+        // Mostly one at a time, now and then some together.
+        let together = if random.random_ratio(1, 6) { random.random_range(2..6) } else { 1 };
+        let mut ops = Vec::new();
+        let mut asked: Vec<(String, Option<(Action, u64)>)> = Vec::new();
+        for _ in 0..together {
+            let kind = ["put", "sum", "set"][random.random_range(0..3)];
+            let key = format!("{kind}-{}", random.random_range(0..KEYS));
+            // Of several that go together none has a key twice: their order would be nobody's.
+            if asked.iter().any(|(other, _)| *other == key) {
+                continue;
+            }
+            let mut book = book(&shared);
+            book.number += 1;
+            let number = book.number;
+            let (op, action) = match kind {
+                _ if random.random_ratio(1, 4) => (Op::get(key.clone()), None),
+                "put" if random.random_ratio(1, 4) => (Op::delete(key.clone()), Some(Action::Delete)),
+                "put" => (Op::put(key.clone(), number.to_string()), Some(Action::Put)),
+                "sum" => (Op::add(key.clone(), 1.0), Some(Action::Add)),
+                _ => (Op::append(key.clone(), format!("{number},")), Some(Action::Append)),
+            };
+            if action.is_some() {
+                book.history.begin(&key, number);
+            }
+            ops.push(op.with(Options::new().deadline(DEADLINE)));
+            asked.push((key, action.map(|action| (action, number))));
+        }
+        let (began, began_ms) = (tokio::time::Instant::now(), elapsed().as_millis() as u64);
+        let results = keyspace.batch(ops).await;
+        let took = began.elapsed();
+        let mut book = book(&shared);
+        book.longest = book.longest.max(took);
+        for ((key, write), result) in asked.into_iter().zip(results) {
+            let line = format!("{key} {write:?} -> {result:?} after {} ms", took.as_millis());
+            book.note(&line);
+            if took > DEADLINE + LATE {
+                book.violation(format!("too late: {line}"));
+            }
+            match write {
+                None => {
+                    book.reads += 1;
+                    if let Ok(outcome) = result {
+                        let read = self::read(&key, outcome);
+                        let wrong = match &read {
+                            Ok(read) => book.history.impossible(&key, read),
+                            Err(error) => Some(error.clone()),
+                        };
+                        if let Some(wrong) = wrong {
+                            book.violation(wrong);
+                        }
+                    }
+                }
+                Some((action, number)) => {
+                    let mut ended = ended(action, &result);
+                    // The answer was on its way while a machine lost what it says.
+                    if matches!(ended, Ended::Acknowledged(_)) && book.losses.iter().any(|at| *at >= began_ms) {
+                        ended = Ended::Unknown;
+                    }
+                    if matches!(ended, Ended::Acknowledged(_)) {
+                        let at = elapsed().as_millis() as u64;
+                        book.acknowledged.push((at, number));
+                    }
+                    book.history.end(&key, Write { number, action, ended });
+                }
+            }
+        }
+        book.busy -= 1;
+    }
+}
+
+fn ended(action: Action, result: &Result<Outcome, Error>) -> Ended {
+    let merge = matches!(action, Action::Add | Action::Append);
+    match result {
+        Ok(Outcome::Written(stamp)) => Ended::Acknowledged(*stamp),
+        Ok(_) => Ended::Acknowledged(Stamp::default()),
+        Err(Error::Unknown(_) | Error::Deadline { .. }) => Ended::Unknown,
+        Err(Error::Unavailable { .. }) if !merge => Ended::Unknown,
+        Err(_) => Ended::Refused,
+    }
+}
+
+/// What a get's answer says of this key.
+pub fn read(key: &str, outcome: Outcome) -> Result<Read, String> {
+    let value = match outcome {
+        Outcome::Nothing => return Ok(Read::Nothing),
+        Outcome::Found(value) => value,
+        Outcome::Written(_) => return Err(format!("{key}: a get was answered as a write")),
+    };
+    let number = |text: &str| text.parse::<u64>().map_err(|_| format!("{key} reads {text:?}"));
+    match (key.get(..3), &value.data) {
+        (Some("sum"), Data::Number(sum)) => Ok(Read::Sum(*sum)),
+        (Some("put"), Data::Bytes(bytes)) => Ok(Read::Put(number(&String::from_utf8_lossy(bytes))?, value.stamp)),
+        (Some("set"), Data::Bytes(bytes)) => {
+            let text = String::from_utf8_lossy(bytes);
+            text.split_terminator(',').map(number).collect::<Result<_, _>>().map(Read::Set)
+        }
+        _ => Err(format!("{key} reads {value:?}")),
+    }
+}
+
+/// What is held against what, so that nobody's map is iterated in an order of its own.
+pub type Sorted<K, V> = BTreeMap<K, V>;
