@@ -59,6 +59,8 @@ pub struct Book {
     pub check: bool,
     /// The time, for whoever is no machine.
     pub at: Duration,
+    /// The last stamp that a task was given for its own key.
+    own: BTreeMap<String, Stamp>,
     number: u64,
     hash: u64,
     lines: u64,
@@ -184,6 +186,9 @@ impl Machine {
                 if brief != self::brief(&book.resource) {
                     book.note(&brief);
                 }
+                if let Some(orphan) = without_owner(&resource) {
+                    book.violation(format!("nobody has shard {orphan}: {brief}"));
+                }
                 book.resource = resource;
             }
             let wanted = {
@@ -212,7 +217,8 @@ impl Machine {
         };
         for task in 0..tasks {
             let random = StdRng::seed_from_u64(self.seeds.lock().unwrap().next_u64() ^ task);
-            tokio::spawn(call(keyspace.clone(), shared.clone(), random));
+            let own = format!("put-{}-{task}", self.name);
+            tokio::spawn(call(keyspace.clone(), shared.clone(), random, own));
         }
         std::future::pending().await
     }
@@ -253,6 +259,14 @@ pub fn brief(resource: &Value) -> String {
     )
 }
 
+/// A shard that the committed topology gives to nobody, once there are any.
+fn without_owner(resource: &Value) -> Option<usize> {
+    resource.pointer("/status/topology")?;
+    let topology = vasto_tests::cluster::topology(resource);
+    let view = topology.current?;
+    view.shards.iter().position(|shard| shard.replicas.iter().all(|a| a.replica == 0))
+}
+
 /// Whether nothing is changing any more, and all is as wished.
 pub fn settled(resource: &Value) -> bool {
     let status = |path: &str| resource.pointer(&format!("/status/{path}"));
@@ -267,7 +281,8 @@ pub fn settled(resource: &Value) -> bool {
         && status("observedGeneration") == resource.pointer("/metadata/generation")
 }
 
-async fn call(keyspace: Keyspace, shared: Shared, mut random: StdRng) {
+/// `own`: a key that only this task writes, so that it knows the order.
+async fn call(keyspace: Keyspace, shared: Shared, mut random: StdRng, own: String) {
     loop {
         tokio::time::sleep(Duration::from_millis(random.random_range(5..120))).await;
         if !book(&shared).load {
@@ -280,7 +295,10 @@ async fn call(keyspace: Keyspace, shared: Shared, mut random: StdRng) {
         let mut asked: Vec<(String, Option<(Action, u64)>)> = Vec::new();
         for _ in 0..together {
             let kind = ["put", "sum", "set"][random.random_range(0..3)];
-            let key = format!("{kind}-{}", random.random_range(0..KEYS));
+            let key = match kind {
+                "put" if random.random_ratio(1, 3) => own.clone(),
+                _ => format!("{kind}-{}", random.random_range(0..KEYS)),
+            };
             // Of several that go together none has a key twice: their order would be nobody's.
             if asked.iter().any(|(other, _)| *other == key) {
                 continue;
@@ -332,7 +350,11 @@ async fn call(keyspace: Keyspace, shared: Shared, mut random: StdRng) {
                     if matches!(ended, Ended::Acknowledged(_)) && book.losses.iter().any(|at| *at >= began_ms) {
                         ended = Ended::Unknown;
                     }
-                    if matches!(ended, Ended::Acknowledged(_)) {
+                    if let Ended::Acknowledged(stamp) = ended {
+                        let before = if key == own { book.own.insert(own.clone(), stamp) } else { None };
+                        if before.is_some_and(|before| before >= stamp) {
+                            book.violation(format!("a caller's own order is lost: {line}, after {before:?}"));
+                        }
                         let at = elapsed().as_millis() as u64;
                         book.acknowledged.push((at, number));
                     }
