@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use bytes::Bytes;
 use rocksdb::{
     BlockBasedOptions, BottommostLevelCompaction, Cache, ColumnFamily, ColumnFamilyDescriptor, CompactOptions, DB,
-    DBCompressionType, DBRawIterator, DBRecoveryMode, IngestExternalFileOptions, Options, ReadOptions, Snapshot,
+    DBCompressionType, DBRawIterator, DBRecoveryMode, ErrorKind, IngestExternalFileOptions, Options, ReadOptions, Snapshot,
     SstFileWriter, WriteBatch, WriteBufferManager, WriteOptions, compaction_filter::Decision,
 };
 
@@ -60,6 +60,22 @@ pub enum Error {
 pub struct Shared {
     cache: Cache,
     write_buffers: WriteBufferManager,
+}
+
+impl Error {
+    /// Whether the files are damaged, so that what they held can't be relied on.
+    pub fn is_damage(&self) -> bool {
+        match self {
+            Self::Rocks { source, .. } => match source.kind() {
+                ErrorKind::Corruption => true,
+                // EIO: the disk can't read (or write) a block any more. Others, such as too many open files, pass.
+                ErrorKind::IOError => source.as_ref().contains("Input/output error"),
+                _ => false,
+            },
+            Self::Row { .. } => true,
+            Self::Io { .. } => false,
+        }
+    }
 }
 
 impl Shared {

@@ -20,8 +20,9 @@ use crate::build::Building;
 use crate::collect::Collector;
 use crate::dir::{Dir, write_durably};
 use crate::merge::Limits;
+use crate::metrics::Counts;
 use crate::replica::{Context, Replica, Settings, SourceProgress};
-use crate::{clean, follow, snapshot};
+use crate::{clean, follow, quarantine, repair, snapshot};
 
 /// Why a keyspace's folder can't be used.
 #[derive(Debug, thiserror::Error)]
@@ -47,13 +48,21 @@ pub enum Slot {
     Building(Arc<Building>),
     /// Born and open.
     Open(Arc<Replica>),
-    /// It can't be opened; a person or the operator must act.
-    Broken {
-        /// Its shard.
-        shard: u32,
-        /// Why.
-        fault: String,
-    },
+    /// It can't be opened, or was closed since its files are damaged; the operator or a person must act.
+    Broken(Broken),
+}
+
+/// A replica that is here and not open.
+#[derive(Clone, Debug)]
+pub struct Broken {
+    /// Its shard.
+    pub shard: u32,
+    /// Why.
+    pub fault: String,
+    /// It stays closed: only another copy helps.
+    pub quarantined: bool,
+    /// It has never stood in a `current` view.
+    pub candidate: bool,
 }
 
 struct Member {
@@ -153,6 +162,10 @@ impl Keyspace {
     /// The keyspace's uid.
     pub fn uid(&self) -> &str {
         &self.uid
+    }
+    /// What is counted as it happens.
+    pub fn counts(&self) -> &Counts {
+        &self.context.counts
     }
     /// Time, randomness, network.
     pub fn env(&self) -> &Env {
@@ -407,26 +420,29 @@ impl Keyspace {
             Ok(None) => Slot::Building(Arc::new(Building::new(id, shard, dir))),
             Err(error) => {
                 tracing::error!(keyspace = self.uid, shard, replica = format!("{id:016x}"), %error, "a replica can't be opened");
-                Slot::Broken { shard, fault: error.to_string() }
+                if error.is_damage() {
+                    self.context.counts.quarantines.inc();
+                }
+                let (fault, quarantined) = (error.to_string(), error.is_damage());
+                Slot::Broken(Broken { shard, fault, quarantined, candidate: false })
             }
         };
-        let member = Member {
-            slot: slot.clone(),
-            stop: self.stop.child_token(),
-            tasks: TaskTracker::new(),
-            unnamed: false,
-            cleaning: AtomicU64::new(0),
-        };
+        let member = self.member(slot.clone());
         match slot {
             Slot::Open(replica) => self.feed(&member, replica),
             Slot::Building(building) => {
                 let keyspace = self.clone();
                 member.spawn(async move { keyspace.build(building).await });
             }
-            Slot::Broken { .. } => {}
+            Slot::Broken(_) => {}
         }
         self.members_mut().insert(id, member);
         self.context.changed.notify_one();
+    }
+
+    fn member(&self, slot: Slot) -> Member {
+        let (stop, tasks) = (self.stop.child_token(), TaskTracker::new());
+        Member { slot, stop, tasks, unnamed: false, cleaning: AtomicU64::new(0) }
     }
 
     fn open_replica(&self, dir: &std::path::Path) -> Result<Option<Arc<Replica>>, crate::replica::Error> {
@@ -446,6 +462,9 @@ impl Keyspace {
         let opened = tokio::task::spawn_blocking(move || keyspace.open_replica(&dir)).await;
         // A topology may come in between opening and inserting: with its turn taken, none does.
         let _turn = self.installing.lock().await;
+        let broken = |fault, quarantined| {
+            Slot::Broken(Broken { shard: building.shard, fault, quarantined, candidate: true })
+        };
         let slot = match opened {
             Ok(Ok(Some(replica))) => {
                 for (source, built) in building.sources() {
@@ -454,8 +473,8 @@ impl Keyspace {
                 replica.install(self.topology()).await;
                 Slot::Open(replica)
             }
-            Ok(Ok(None)) => Slot::Broken { shard: building.shard, fault: "built, but not born".into() },
-            Ok(Err(error)) => Slot::Broken { shard: building.shard, fault: error.to_string() },
+            Ok(Ok(None)) => broken("built, but not born".into(), false),
+            Ok(Err(error)) => broken(error.to_string(), error.is_damage()),
             Err(_) => return,
         };
         let mut members = self.members_mut();
@@ -474,8 +493,18 @@ impl Keyspace {
         self.context.changed.notify_one();
     }
 
-    /// Starts what keeps an open replica alive: following, syncing, collecting.
+    /// Starts what keeps an open replica alive: following, syncing, collecting, comparing; and what closes a damaged one.
     fn feed(self: &Arc<Self>, member: &Member, replica: Arc<Replica>) {
+        let (keyspace, compared) = (self.clone(), replica.clone());
+        member.spawn(async move { repair::run(&keyspace, &compared).await });
+        let (keyspace, watched, stop) = (self.clone(), replica.clone(), member.stop.clone());
+        // Not one of the member's own tasks: it outlives the member that it ends.
+        tokio::spawn(async move {
+            tokio::select! {
+                () = stop.cancelled() => {}
+                () = quarantine::due(&keyspace, &watched) => keyspace.quarantine(&watched).await,
+            }
+        });
         let (keyspace, follower) = (self.clone(), replica.clone());
         member.spawn(async move {
             let mut updates = keyspace.updates();
@@ -524,6 +553,34 @@ impl Keyspace {
                 collector.step(&keyspace, &replica).await;
             }
         });
+    }
+
+    /// Closes a damaged replica; its files stay until the topology drops it.
+    async fn quarantine(&self, replica: &Replica) {
+        let (shard, fault) = (replica.shard, replica.progress.fault().unwrap_or_default().to_owned());
+        let id = format!("{:016x}", replica.id);
+        let _turn = self.installing.lock().await;
+        let candidate = !replica.progress.served();
+        let broken = Broken { shard, fault: fault.clone(), quarantined: true, candidate };
+        let open = {
+            let mut members = self.members_mut();
+            if !members.get(&replica.id).is_some_and(|m| !m.stop.is_cancelled()) {
+                return;
+            }
+            members.insert(replica.id, self.member(Slot::Broken(broken)))
+        };
+        if let Some(open) = open {
+            open.end().await;
+        }
+        self.context.counts.quarantines.inc();
+        tracing::error!(
+            keyspace = self.uid,
+            shard,
+            replica = id,
+            fault,
+            "a damaged replica is closed; it is made anew from another copy"
+        );
+        self.context.changed.notify_one();
     }
 
     /// Stops a replica and deletes (or keeps, unserved) its files.
@@ -575,7 +632,7 @@ impl Keyspace {
                 }
                 Some(Slot::Open(_)) => None,
                 Some(Slot::Building(_)) => Some("its replica is still being built".to_owned()),
-                Some(Slot::Broken { fault, .. }) => Some(format!("its replica can't be opened: {fault}")),
+                Some(Slot::Broken(broken)) => Some(format!("its replica is not open: {}", broken.fault)),
                 None => Some(format!("its replica {:016x} is not here", place.assignment.replica)),
             };
             if let Some(trouble) = trouble {
@@ -616,9 +673,14 @@ impl Keyspace {
                     sources: building.sources().into_iter().map(|(id, s)| source(id, s, None)).collect(),
                     ..ReplicaReport::default()
                 },
-                Slot::Broken { shard, fault } => {
-                    ReplicaReport { id: *id, shard: *shard, fault: fault.clone(), ..ReplicaReport::default() }
-                }
+                Slot::Broken(broken) => ReplicaReport {
+                    id: *id,
+                    shard: broken.shard,
+                    fault: broken.fault.clone(),
+                    quarantined: broken.quarantined,
+                    candidate: broken.candidate,
+                    ..ReplicaReport::default()
+                },
             })
             .collect();
         KeyspaceReport {
@@ -635,7 +697,7 @@ impl Member {
         match &self.slot {
             Slot::Open(replica) => replica.shard,
             Slot::Building(building) => building.shard,
-            Slot::Broken { shard, .. } => *shard,
+            Slot::Broken(broken) => broken.shard,
         }
     }
 
@@ -717,6 +779,7 @@ fn report_open(topology: &Topology, replica: &Replica) -> ReplicaReport {
         full: progress.full.load(Ordering::Relaxed),
         candidate: !progress.served(),
         taken_over: progress.taken_over(),
+        quarantined: false,
     }
 }
 

@@ -19,6 +19,8 @@ mod keyspace;
 mod leave;
 mod meta;
 mod metrics;
+mod quarantine;
+mod repair;
 mod replica;
 mod report;
 mod server;
@@ -110,6 +112,7 @@ pub async fn serve(options: Options, env: Env, listener: TcpListener, stop: Canc
     let context = replica::Context {
         shared: engine::Shared::new(options.cache_bytes, options.write_buffer_bytes),
         env: env.clone(),
+        counts: options.monitor.counts(),
         changed: Arc::new(tokio::sync::Notify::new()),
     };
     let host = host::Host::open(&options.name, options.only.as_deref(), address.clone(), dir, context);

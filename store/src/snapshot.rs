@@ -123,6 +123,7 @@ pub async fn serve(
     .await;
     if let Ok(Err(error)) = sent {
         tracing::warn!(replica = replica.id, %error, "a snapshot was not sent whole");
+        replica.progress.failed(&error);
         let _ = out.send(Err(Status::internal(error.to_string()))).await;
     }
 }

@@ -2,6 +2,7 @@
 //! no stamp, seq or merge used twice whatever a crash takes, fences that outlive a restart,
 //! positions that never skip silently, tombstones that go only when all have confirmed.
 
+mod repair;
 mod whole;
 
 use std::path::Path;
@@ -28,7 +29,8 @@ const ME: u64 = 7;
 const PEER: u64 = 8;
 
 fn context() -> Context {
-    Context { shared: Shared::new(8 << 20, 16 << 20), env: Env::real(), changed: Arc::new(Notify::new()) }
+    let (shared, counts) = (Shared::new(8 << 20, 16 << 20), crate::metrics::Monitor::new().counts());
+    Context { shared, env: Env::real(), counts, changed: Arc::new(Notify::new()) }
 }
 
 fn settings() -> Settings {
