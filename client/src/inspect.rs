@@ -170,7 +170,11 @@ impl Keyspace {
     }
 
     /// A client of the store that has this replica.
-    fn whose(&self, verb: &str, replica: u64) -> Result<Whose<impl Fn(tonic::Status) -> Error + Send + 'static>, Error> {
+    fn whose(
+        &self,
+        verb: &str,
+        replica: u64,
+    ) -> Result<Whose<impl Fn(tonic::Status) -> Error + Send + 'static>, Error> {
         let wired = self.shared.wired()?;
         let what = format!("{verb} replica {replica:016x} of keyspace {:?}", self.name());
         let unavailable = |last: String| Error::Unavailable { what: what.clone(), last };

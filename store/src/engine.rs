@@ -9,8 +9,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use bytes::Bytes;
 use rocksdb::{
     BlockBasedOptions, BottommostLevelCompaction, Cache, ColumnFamily, ColumnFamilyDescriptor, CompactOptions, DB,
-    DBCompressionType, DBRawIterator, DBRecoveryMode, ErrorKind, IngestExternalFileOptions, Options, ReadOptions, Snapshot,
-    SstFileWriter, WriteBatch, WriteBufferManager, WriteOptions, compaction_filter::Decision,
+    DBCompressionType, DBRawIterator, DBRecoveryMode, ErrorKind, IngestExternalFileOptions, Options, ReadOptions,
+    Snapshot, SstFileWriter, WriteBatch, WriteBufferManager, WriteOptions, compaction_filter::Decision,
 };
 
 use tokio_util::sync::{CancellationToken, DropGuard};

@@ -462,9 +462,8 @@ impl Keyspace {
         let opened = tokio::task::spawn_blocking(move || keyspace.open_replica(&dir)).await;
         // A topology may come in between opening and inserting: with its turn taken, none does.
         let _turn = self.installing.lock().await;
-        let broken = |fault, quarantined| {
-            Slot::Broken(Broken { shard: building.shard, fault, quarantined, candidate: true })
-        };
+        let broken =
+            |fault, quarantined| Slot::Broken(Broken { shard: building.shard, fault, quarantined, candidate: true });
         let slot = match opened {
             Ok(Ok(Some(replica))) => {
                 for (source, built) in building.sources() {

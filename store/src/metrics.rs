@@ -198,8 +198,14 @@ impl Counts {
         };
         Self {
             ranges_compared: counter("store_ranges_compared", "Ranges of a replica compared with another's"),
-            ranges_divergent: counter("store_ranges_divergent", "Compared ranges in which the replica lacked something"),
-            records_repaired: counter("store_records_repaired", "Records joined in since a comparison found a difference"),
+            ranges_divergent: counter(
+                "store_ranges_divergent",
+                "Compared ranges in which the replica lacked something",
+            ),
+            records_repaired: counter(
+                "store_records_repaired",
+                "Records joined in since a comparison found a difference",
+            ),
             quarantines: counter("store_quarantines", "Replicas closed since their files are damaged"),
             operations: Operation::ALL.map(|(_, operation)| {
                 Ending::ALL

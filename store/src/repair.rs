@@ -386,8 +386,7 @@ impl Pass<'_> {
 
     /// Asks the peer about a range; `None`: it has the same.
     async fn ask(&self, topology: &Topology, range: &Range, mine: &Found) -> Result<Option<Theirs>, Trouble> {
-        let address =
-            self.keyspace.address(self.store).ok_or_else(|| Trouble::NoAddress(self.store.to_owned()))?;
+        let address = self.keyspace.address(self.store).ok_or_else(|| Trouble::NoAddress(self.store.to_owned()))?;
         let mut client =
             PeerClient::new(self.keyspace.env().dial(&address)?).max_decoding_message_size(crate::MESSAGE_LIMIT);
         let request = CompareRequest {
@@ -404,9 +403,7 @@ impl Pass<'_> {
         let asked = tokio::time::timeout(SILENCE, client.compare(request)).await;
         let mut responses = asked.map_err(|_| Trouble::Silent)??.into_inner();
         let mut theirs: Option<Theirs> = None;
-        while let Some(response) =
-            tokio::time::timeout(SILENCE, responses.next()).await.map_err(|_| Trouble::Silent)?
-        {
+        while let Some(response) = tokio::time::timeout(SILENCE, responses.next()).await.map_err(|_| Trouble::Silent)? {
             let mut response = response?;
             if response.equal {
                 return Ok(None);
@@ -467,11 +464,7 @@ fn decoded(records: Vec<Shipped>) -> Result<Vec<(Bytes, Record)>, Trouble> {
 }
 
 /// Which of these would change what the replica holds, other than by what may be collected.
-fn lacking(
-    engine: &Engine,
-    records: Vec<(Bytes, Record)>,
-    now_ms: u64,
-) -> Result<Vec<(Bytes, Record)>, Trouble> {
+fn lacking(engine: &Engine, records: Vec<(Bytes, Record)>, now_ms: u64) -> Result<Vec<(Bytes, Record)>, Trouble> {
     let mut found = Vec::new();
     for (key, theirs) in records {
         let mine = engine.row(&key)?.map(|row| Record::decode(row.record)).transpose()?;

@@ -17,8 +17,8 @@ use vasto_client::v1::{
     Answer, Batch, CompactRequest, CompactResponse, CompareRequest, CompareResponse, Entry, Failure, FailureCode,
     FollowRequest, FollowResponse, HashRequest, HashResponse, InspectEntry, InspectRequest, InspectResponse,
     KeyspaceUpdate, LearnRequest, Missing, Operation, RepairRequest, RepairResponse, ScanRequest, ScanResponse,
-    SnapshotRequest, SnapshotResponse, SoundRequest, SoundResponse, Value, Written, answer, follow_request, follow_response,
-    peer_server, store_server, value,
+    SnapshotRequest, SnapshotResponse, SoundRequest, SoundResponse, Value, Written, answer, follow_request,
+    follow_response, peer_server, store_server, value,
 };
 use xxhash_rust::xxh64::xxh64;
 

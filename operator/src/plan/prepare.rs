@@ -36,8 +36,7 @@ fn fill(t: &mut Topology, call: &mut Call<'_>) -> bool {
     let damaged = |d: &Drop| seen.replica(&d.store, d.replica).is_some_and(|r| r.quarantined);
     let missing = |d: &Drop| seen.is_living(&d.store) && !seen.has(&d.store, d.replica);
     let dropped: Vec<Drop> = givenup::candidates(t).filter(|d| damaged(d) && keep_out(t, d)).collect();
-    let gone: Vec<u64> =
-        givenup::candidates(t).filter(|d| missing(d) || damaged(d)).map(|d| d.replica).collect();
+    let gone: Vec<u64> = givenup::candidates(t).filter(|d| missing(d) || damaged(d)).map(|d| d.replica).collect();
     t.drops.extend(dropped);
     let Some(next) = &t.next else { return false };
     let mut filled = next.clone();

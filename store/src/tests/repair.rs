@@ -80,8 +80,7 @@ impl Pair {
     }
 
     async fn install(&self, version: u64, phase: Phase, current: Option<View>, next: Option<View>) {
-        let topology =
-            Topology { uid: UID.into(), version, phase: phase.into(), current, next, ..Topology::default() };
+        let topology = Topology { uid: UID.into(), version, phase: phase.into(), current, next, ..Topology::default() };
         for host in &self.hosts {
             let (topology, addresses) = (Some(topology.clone()), self.addresses.clone());
             host.install(KeyspaceUpdate { topology, addresses }).await;
@@ -106,9 +105,8 @@ impl Pair {
 
     /// Until each has all that the other has changed.
     async fn level(&self) {
-        let has_all = |a: &Replica, b: &Replica| {
-            a.progress.position(b.id).is_some_and(|p| p.seq >= b.progress.last_seq())
-        };
+        let has_all =
+            |a: &Replica, b: &Replica| a.progress.position(b.id).is_some_and(|p| p.seq >= b.progress.last_seq());
         let (a, b) = (self.replica(0), self.replica(1));
         self.until("both have the same", |_| has_all(&a, &b) && has_all(&b, &a)).await;
     }
@@ -290,7 +288,8 @@ async fn what_is_on_its_way_is_no_difference() {
 async fn a_record_that_outgrew_a_message_comes_back_in_parts() {
     let pair = Pair::new().await;
     let (a, b) = (pair.replica(0), pair.replica(1));
-    let chunk = |n: u64| crate::record::Chunk { stamp: Stamp { time: n, origin: 5 }, bytes: vec![n as u8; 4 << 20].into() };
+    let chunk =
+        |n: u64| crate::record::Chunk { stamp: Stamp { time: n, origin: 5 }, bytes: vec![n as u8; 4 << 20].into() };
     let base = Base { partition_hash: partition_hash(b"big"), ..Base::default() };
     let big = Record::new(base, Vec::new(), (1..=6).map(chunk).collect());
     let batch = PeerBatch { records: vec![(Bytes::from_static(b"big"), big)], ..PeerBatch::default() };
