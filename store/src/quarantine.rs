@@ -19,24 +19,29 @@ const LOOK: Duration = Duration::from_millis(250);
 /// The longest that one answer is waited for.
 const ANSWER: Duration = Duration::from_secs(2);
 
-/// Waits until the replica must be closed: it has a fault, another copy of its shard serves,
-/// and one that does has all that this one has, or has had the time to get it.
+/// Waits until the replica must be closed: it has a fault, and it is time.
 pub async fn due(keyspace: &Arc<Keyspace>, replica: &Arc<Replica>) {
     replica.progress.faulted().await;
-    let mut until = None;
+    let mut since = None;
     loop {
-        let sound = others(keyspace, replica.id).await;
-        // No write comes after the fault.
-        let last = replica.progress.last_seq();
-        let handed_over = |id: &u64| replica.progress.confirmed_by(*id).is_some_and(|seq| seq >= last);
-        if !sound.is_empty() {
-            let until = *until.get_or_insert_with(|| Instant::now() + HAND_OVER);
-            if sound.iter().any(handed_over) || Instant::now() >= until {
+        let confirmed: Vec<Option<u64>> =
+            others(keyspace, replica.id).await.into_iter().map(|id| replica.progress.confirmed_by(id)).collect();
+        if !confirmed.is_empty() {
+            let waited = since.get_or_insert_with(Instant::now).elapsed();
+            // No write comes after the fault.
+            if is_time(&confirmed, replica.progress.last_seq(), waited) {
                 return;
             }
         }
         tokio::time::sleep(keyspace.env().jitter(LOOK)).await;
     }
+}
+
+/// Whether to close a faulty replica, by what each sound copy has confirmed: one must be there, and have all
+/// that there is, or have had the time to get it.
+fn is_time(confirmed: &[Option<u64>], last_seq: u64, waited: Duration) -> bool {
+    let has_all = |seq: &Option<u64>| seq.is_some_and(|seq| seq >= last_seq);
+    !confirmed.is_empty() && (confirmed.iter().any(has_all) || waited >= HAND_OVER)
 }
 
 /// The other serving replicas of this one's shard that say of themselves that they are sound.
@@ -61,4 +66,18 @@ async fn is_sound(keyspace: &Keyspace, store: &str, replica: u64) -> bool {
     let mut client = PeerClient::new(channel);
     let answer = tokio::time::timeout(ANSWER, client.sound(request)).await;
     matches!(answer, Ok(Ok(response)) if response.get_ref().sound)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_copy_stays_and_another_gets_the_time_to_have_all() {
+        let soon = Duration::from_secs(1);
+        assert!(!is_time(&[], 7, HAND_OVER));
+        assert!(!is_time(&[None, Some(6)], 7, soon));
+        assert!(is_time(&[None, Some(7)], 7, soon));
+        assert!(is_time(&[None], 7, HAND_OVER));
+    }
 }
