@@ -563,7 +563,7 @@ impl Keyspace {
         let broken = Broken { shard, fault: fault.clone(), quarantined: true, candidate };
         let open = {
             let mut members = self.members_mut();
-            if !members.get(&replica.id).is_some_and(|m| !m.stop.is_cancelled()) {
+            if members.get(&replica.id).is_none_or(|m| m.stop.is_cancelled()) {
                 return;
             }
             members.insert(replica.id, self.member(Slot::Broken(broken)))
