@@ -337,11 +337,11 @@ impl Pass<'_> {
             totals.ranges += 1;
             counts.ranges_compared.inc();
             let mut bytes = mine.bytes;
-            after = mine.reached;
+            after = mine.reached.clone();
             if let Some(theirs) = theirs {
                 bytes += theirs.records.iter().map(|r| (r.key.len() + r.record.len()) as u64).sum::<u64>();
                 after = theirs.end.reached.clone().or(after);
-                match self.mend(theirs, now_ms).await {
+                match self.mend(theirs, &topology, &range, &mine).await {
                     Ok(0) => {}
                     Ok(records) => {
                         totals.divergent += 1;
@@ -419,10 +419,12 @@ impl Pass<'_> {
 
     /// Joins in what this replica lacks of what the peer has; says how many records that were.
     ///
-    /// What is merely on its way is no divergence: whoever has passed the peer's position was sent all of it.
-    async fn mend(&self, theirs: Theirs, now_ms: u64) -> Result<u64, Trouble> {
+    /// What is merely on its way is no divergence. Whoever has passed the peer's position was sent every row as it
+    /// was then, but for those that have changed since: their later change carries them. So the peer is asked
+    /// again after that, and what stands there as before should be here.
+    async fn mend(&self, theirs: Theirs, topology: &Topology, range: &Range, mine: &Found) -> Result<u64, Trouble> {
         let Theirs { records, end } = theirs;
-        let maybe = self.lacking(decoded(records)?, now_ms).await?;
+        let maybe = self.lacking(decoded(records)?, range.now_ms).await?;
         if maybe.is_empty() {
             return Ok(0);
         }
@@ -433,7 +435,13 @@ impl Pass<'_> {
             }
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
-        let records = self.lacking(maybe, now_ms).await?;
+        let mut records = self.lacking(maybe, range.now_ms).await?;
+        if records.is_empty() {
+            return Ok(0);
+        }
+        let Some(again) = self.ask(topology, range, mine).await? else { return Ok(0) };
+        let again: BTreeSet<(Bytes, Bytes)> = again.records.into_iter().map(|s| (s.key, s.record)).collect();
+        records.retain(|(key, record)| again.contains(&(key.clone(), record.encoded().into())));
         let keys: BTreeSet<&Bytes> = records.iter().map(|(key, _)| key).collect();
         let count = keys.len() as u64;
         if count == 0 {

@@ -266,7 +266,7 @@ async fn what_is_on_its_way_is_no_difference() {
     let a = pair.replica(0);
     // Much at once, so that it is on its way for a while.
     let writing = tokio::spawn(async move {
-        for i in 0..40_u8 {
+        for i in 0..80_u8 {
             let value = || Content::Bytes(vec![i; 8 << 10].into());
             let writes = (0..500).map(|key| set(&format!("key-{key:06}"), value())).collect();
             assert!(a.write(writes).await.iter().all(Result::is_ok));
