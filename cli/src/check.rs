@@ -1,5 +1,6 @@
 //! `vasto check`: reads every replica of every shard and reports what differs.
 //! What is compared is the hash of each record, so that values don't travel.
+//! With `--repair` the replicas first compare themselves, and join in what they lack.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -11,7 +12,7 @@ use futures::{StreamExt, TryStreamExt, stream};
 use indicatif::ProgressBar;
 use serde_json::json;
 use vasto_client::hash::{jump_hash, partition_hash};
-use vasto_client::v1::{InspectEntry, KeyspaceUpdate, Phase};
+use vasto_client::v1::{InspectEntry, KeyspaceUpdate, Phase, RepairResponse, View};
 use vasto_client::{Inspection, Keyspace, ScanOptions};
 
 use crate::context::{Context, parse_duration};
@@ -32,6 +33,9 @@ pub(crate) struct Check {
     /// How many differing keys to print.
     #[arg(long, value_name = "N", default_value_t = 20)]
     show: usize,
+    /// First have every replica compare itself with the others of its shard, and join in what it lacks.
+    #[arg(long)]
+    repair: bool,
 }
 
 /// A replica to read, and what was found in it.
@@ -53,6 +57,46 @@ impl Replica {
     fn compared(&self) -> bool {
         self.serving && self.unread.is_none()
     }
+}
+
+/// What a repair did on one replica.
+#[derive(Debug)]
+struct Repaired {
+    shard: u32,
+    store: String,
+    id: u64,
+    /// What it came to; or why it did not come about.
+    done: Result<RepairResponse, String>,
+}
+
+impl Repaired {
+    fn troubles(&self) -> Vec<String> {
+        self.done.as_ref().map_or_else(|why| vec![why.clone()], |done| done.troubles.clone())
+    }
+}
+
+/// Has every serving replica repair itself, all at once.
+async fn repair(keyspace: &Keyspace) -> Vec<Repaired> {
+    let update = keyspace.topology();
+    let bar = count_bar(None, "ranges");
+    bar.set_message("repairing");
+    let places = update.topology.iter().flat_map(|t| &t.current).flat_map(View::places);
+    let repairs = places.filter(|p| p.assignment.replica != 0).map(|p| {
+        let (shard, store, id) = (p.shard, p.assignment.store.clone(), p.assignment.replica);
+        let bar = &bar;
+        async move {
+            let mut ranges = 0;
+            let done = keyspace.repair(id, |totals| {
+                bar.inc(totals.ranges.saturating_sub(ranges));
+                ranges = totals.ranges;
+            });
+            let done = done.await.map_err(|error| error.to_string());
+            Repaired { shard, store, id, done }
+        }
+    });
+    let repaired = futures::future::join_all(repairs).await;
+    bar.finish_and_clear();
+    repaired
 }
 
 /// One replica's copy of a key.
@@ -179,8 +223,9 @@ impl<'a> Cursor<'a> {
 pub(crate) async fn run(context: &Context, args: Check) -> anyhow::Result<()> {
     const TRIES: u32 = 5;
     let keyspace = context.keyspace(&args.keyspace).await?;
+    let repaired = if args.repair { repair(&keyspace).await } else { Vec::new() };
     let mut tries = 1;
-    let report = loop {
+    let mut report = loop {
         let report = read(context, &keyspace, args.settle).await?;
         // Replicas that a change has retired meanwhile stand still: that is no fault of theirs.
         let current = |update: &KeyspaceUpdate| update.topology.as_ref().and_then(|t| t.current.clone());
@@ -191,6 +236,7 @@ pub(crate) async fn run(context: &Context, args: Check) -> anyhow::Result<()> {
         tries += 1;
         tracing::warn!(keyspace = args.keyspace, "a change moved replicas during the check: it begins anew");
     };
+    report.repaired = repaired;
     if context.json() {
         emit_json(&report.json())?;
     } else {
@@ -203,6 +249,11 @@ pub(crate) async fn run(context: &Context, args: Check) -> anyhow::Result<()> {
     let unread = report.replicas.iter().filter(|r| r.unread.is_some()).count() as u64;
     if unread > 0 {
         return Err(fault(Code::Unavailable, format!("{} could not be read", counted(unread, "replica"))));
+    }
+    let troubled = report.repaired.iter().filter(|r| !r.troubles().is_empty()).count() as u64;
+    if troubled > 0 {
+        let what = format!("{} could not be repaired to the end", counted(troubled, "replica"));
+        return Err(fault(Code::Unavailable, what));
     }
     Ok(())
 }
@@ -241,7 +292,7 @@ async fn read(context: &Context, keyspace: &Keyspace, settle: Duration) -> anyho
     checker.settle(&replicas, settle).await;
     checker.bar.finish_and_clear();
     let Checker { findings, more, .. } = checker;
-    Ok(Report { update, replicas, findings, more })
+    Ok(Report { update, replicas, findings, more, repaired: Vec::new() })
 }
 
 struct Checker<'a> {
@@ -401,6 +452,8 @@ struct Report {
     replicas: Vec<Replica>,
     findings: Vec<Finding>,
     more: u64,
+    /// What a repair did before.
+    repaired: Vec<Repaired>,
 }
 
 impl Report {
@@ -422,7 +475,8 @@ impl Report {
     }
 
     fn text(&self, show: usize) -> String {
-        let mut text = table(
+        let mut text = self.repaired_text();
+        text += &table(
             &["SHARD", "STORE", "REPLICA", "RECORDS", "COLLECTABLE", "STATE"],
             self.replicas.iter().map(|r| {
                 let state = match (&r.unread, r.serving) {
@@ -455,8 +509,37 @@ impl Report {
         text
     }
 
+    fn repaired_text(&self) -> String {
+        if self.repaired.is_empty() {
+            return String::new();
+        }
+        let rows = self.repaired.iter().map(|r| {
+            let done = r.done.as_ref().ok();
+            let number = |of: fn(&RepairResponse) -> u64| done.map_or("-".to_owned(), |done| count(of(done)));
+            let troubles = r.troubles();
+            let state = if troubles.is_empty() { "compared".to_owned() } else { troubles.join("; ") };
+            let id = format!("{:016x}", r.id);
+            let (ranges, divergent) = (number(|d| d.ranges), number(|d| d.divergent));
+            [r.shard.to_string(), r.store.clone(), id, ranges, divergent, number(|d| d.records), state]
+        });
+        table(&["SHARD", "STORE", "REPLICA", "RANGES", "DIFFERED", "MENDED", "REPAIR"], rows) + "\n"
+    }
+
+    fn repaired_json(&self) -> Vec<serde_json::Value> {
+        let row = |r: &Repaired| {
+            let number = |of: fn(&RepairResponse) -> u64| r.done.as_ref().ok().map(of);
+            json!({
+                "shard": r.shard, "store": r.store, "replica": format!("{:016x}", r.id),
+                "ranges": number(|d| d.ranges), "differed": number(|d| d.divergent),
+                "mended": number(|d| d.records), "troubles": r.troubles(),
+            })
+        };
+        self.repaired.iter().map(row).collect()
+    }
+
     fn json(&self) -> serde_json::Value {
         json!({
+            "repaired": self.repaired_json(),
             "phase": short(self.phase()),
             "wrong": self.wrong(),
             "vacant": self.vacant(),

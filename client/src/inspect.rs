@@ -1,16 +1,20 @@
 //! What the command line's `locate`, `check` and `compact` look at: where a key
-//! lives, what a replica holds, and the files below.
+//! lives, what a replica holds and lacks, and the files below.
 
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
 use bytes::Bytes;
 use futures::{Stream, StreamExt};
+use tonic::transport::Channel;
 
 use crate::error::{Error, describe};
 use crate::hash::{jump_hash, partition_hash};
 use crate::keyspace::Keyspace;
-use crate::v1::{CompactRequest, InspectRequest, InspectResponse};
+use crate::v1::store_client::StoreClient;
+use crate::v1::{
+    CompactRequest, HashRequest, HashResponse, InspectRequest, InspectResponse, RepairRequest, RepairResponse,
+};
 
 /// Where a key lives; see [`Keyspace::locate`].
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -69,6 +73,14 @@ impl Stream for Inspection {
     }
 }
 
+/// The store that has a replica.
+struct Whose<R> {
+    client: StoreClient<Channel>,
+    keyspace: String,
+    /// What a refusal of it means.
+    refused: R,
+}
+
 impl Keyspace {
     /// The shard of a partition key (a key, unless it has one of its own) and the stores that hold it.
     ///
@@ -111,8 +123,60 @@ impl Keyspace {
     /// # }
     /// ```
     pub async fn inspect(&self, replica: u64, after: Option<Bytes>) -> Result<Inspection, Error> {
+        let Whose { mut client, keyspace, refused } = self.whose("inspect", replica)?;
+        let request = InspectRequest { keyspace, replica, after };
+        let responses = client.inspect(request).await.map_err(&refused)?.into_inner();
+        Ok(Inspection { responses: Box::pin(responses.map(move |r| r.map_err(&refused))) })
+    }
+
+    /// How many records of its shard one replica holds, and their hash: equal on all replicas of a shard
+    /// once nothing is on its way. What has expired by `now_ms` or is deleted does not count. Reads all of it.
+    ///
+    /// ```no_run
+    /// # async fn example(map: vasto_client::Keyspace, now_ms: u64) -> Result<(), vasto_client::Error> {
+    /// for store in map.locate("bash")?.stores {
+    ///     println!("{}: {:016x}", store.store, map.content_hash(store.replica, now_ms).await?.hash);
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub async fn content_hash(&self, replica: u64, now_ms: u64) -> Result<HashResponse, Error> {
+        let Whose { mut client, keyspace, refused } = self.whose("hash", replica)?;
+        let hashed = client.hash(HashRequest { keyspace, replica, now_ms }).await;
+        hashed.map(tonic::Response::into_inner).map_err(refused)
+    }
+
+    /// Compares one replica with each other of its shard now, and has it join in what it lacks. Answers when
+    /// that is done; `tell` is told the totals on the way.
+    ///
+    /// ```no_run
+    /// # async fn example(map: vasto_client::Keyspace) -> Result<(), vasto_client::Error> {
+    /// for store in map.locate("bash")?.stores {
+    ///     let done = map.repair(store.replica, |_| ()).await?;
+    ///     println!("{}: {} records mended", store.store, done.records);
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub async fn repair(&self, replica: u64, mut tell: impl FnMut(&RepairResponse)) -> Result<RepairResponse, Error> {
+        let Whose { mut client, keyspace, refused } = self.whose("repair", replica)?;
+        let responses = client.repair(RepairRequest { keyspace, replica }).await;
+        let mut responses = responses.map_err(&refused)?.into_inner();
+        let mut last = None;
+        while let Some(totals) = responses.next().await {
+            tell(last.insert(totals.map_err(&refused)?));
+        }
+        last.ok_or_else(|| refused(tonic::Status::unavailable("it ended before it answered")))
+    }
+
+    /// A client of the store that has this replica.
+    fn whose(
+        &self,
+        verb: &str,
+        replica: u64,
+    ) -> Result<Whose<impl Fn(tonic::Status) -> Error + Send + 'static>, Error> {
         let wired = self.shared.wired()?;
-        let what = format!("inspect replica {replica:016x} of keyspace {:?}", self.name());
+        let what = format!("{verb} replica {replica:016x} of keyspace {:?}", self.name());
         let unavailable = |last: String| Error::Unavailable { what: what.clone(), last };
         let place = wired.update.topology.as_ref().and_then(|t| t.views().find_map(|view| view.place(replica)));
         let store = match place {
@@ -121,12 +185,12 @@ impl Keyspace {
         };
         let address = self.address(&store);
         let address = address.ok_or_else(|| unavailable(format!("the address of {store} is not known")))?;
-        let mut client = self.client().pool().link(&address).bulk().map_err(unavailable)?;
-        let request = InspectRequest { keyspace: wired.uid.clone(), replica, after };
-        let refused =
-            move |status| Error::Unavailable { what: what.clone(), last: format!("{store}: {}", describe(&status)) };
-        let responses = client.inspect(request).await.map_err(&refused)?.into_inner();
-        Ok(Inspection { responses: Box::pin(responses.map(move |r| r.map_err(&refused))) })
+        let client = self.client().pool().link(&address).bulk().map_err(unavailable)?;
+        let refused = move |status: tonic::Status| Error::Unavailable {
+            what: what.clone(),
+            last: format!("{store}: {}", describe(&status)),
+        };
+        Ok(Whose { client, keyspace: wired.uid.clone(), refused })
     }
 
     /// Compacts the keyspace's files on all its stores; answers when all are done.

@@ -438,7 +438,7 @@ async fn a_scan_that_gets_nowhere_fails_in_time() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn replicas_are_located_inspected_and_compacted() {
+async fn replicas_are_located_inspected_repaired_and_compacted() {
     let cluster = Cluster::start(3, 3, 2);
     let map = cluster.map().await;
     map.put("a", "1").await.unwrap();
@@ -450,6 +450,11 @@ async fn replicas_are_located_inspected_and_compacted() {
     assert_eq!(records.next().await.unwrap().unwrap().entries[0].hash, located.stores[1].replica);
     assert!(records.next().await.is_none());
     assert_eq!(map.inspect(99_999, None).await.err().unwrap().code(), Code::Invalid);
+    let id = located.stores[1].replica;
+    assert_eq!(map.content_hash(id, 0).await.unwrap().hash, id);
+    let mut told = Vec::new();
+    assert_eq!(map.repair(id, |totals| told.push(totals.ranges)).await.unwrap().ranges, 2);
+    assert_eq!(told, [1, 2]);
     let mut done = map.compact().await.unwrap();
     done.sort_by(|a, b| a.store.cmp(&b.store));
     assert_eq!(done.len(), 3);

@@ -5,6 +5,9 @@ use crate::record::{Stamp, time_of};
 
 /// How far ahead of need a ceiling is synced: while it writes, a replica syncs one this often.
 const STEP_MS: u64 = 3_000;
+/// The same while the clock is ahead of the wall clock, so that a crash adds little: else stores that crash
+/// again and again, each beginning above its ceiling and drawing the others along, would run ahead for ever.
+const AHEAD_STEP_MS: u64 = 50;
 
 /// Gives stamps.
 ///
@@ -73,8 +76,9 @@ impl Clock {
 
     /// The ceiling to sync before anything that it has given or seen is
     /// stored; none if the present one covers it.
-    pub fn needs_ceiling(&self) -> Option<u64> {
-        (self.last > self.ceiling).then(|| self.last.saturating_add(time_of(STEP_MS)))
+    pub fn needs_ceiling(&self, now_ms: u64) -> Option<u64> {
+        let soon = self.last.saturating_add(time_of(AHEAD_STEP_MS));
+        (self.last > self.ceiling).then(|| soon.max(time_of(now_ms.saturating_add(STEP_MS))))
     }
 
     /// This ceiling is synced.
@@ -120,10 +124,10 @@ mod tests {
     fn at_the_end_of_time_it_stands_still() {
         let mut clock = Clock::new(7);
         clock.observe(u64::MAX);
-        assert_eq!(clock.needs_ceiling(), Some(u64::MAX));
+        assert_eq!(clock.needs_ceiling(0), Some(u64::MAX));
         clock.set_ceiling(u64::MAX);
         assert_eq!(clock.tick(u64::MAX).time, u64::MAX);
-        assert_eq!(clock.needs_ceiling(), None);
+        assert_eq!(clock.needs_ceiling(0), None);
     }
 
     #[test]
@@ -148,12 +152,30 @@ mod tests {
         for ms in 10_000..20_000 {
             clock.tick(ms);
             clock.tick(ms);
-            if let Some(ceiling) = clock.needs_ceiling() {
+            if let Some(ceiling) = clock.needs_ceiling(ms) {
                 clock.set_ceiling(ceiling);
                 synced.push(ms);
             }
         }
-        assert_eq!(synced, [10_000, 13_001, 16_002, 19_003]);
+        assert_eq!(synced, [10_000, 13_000, 16_000, 19_000]);
+    }
+
+    #[test]
+    fn clocks_that_crash_all_the_time_do_not_run_ahead() {
+        let mut clocks = [Clock::new(1), Clock::new(2)];
+        for round in 0..1_000 {
+            let now_ms = 10_000 + round * 100;
+            let [one, other] = &mut clocks;
+            let (one, other) = if round % 2 == 0 { (one, other) } else { (other, one) };
+            one.tick(now_ms);
+            one.observe(other.last());
+            if let Some(ceiling) = one.needs_ceiling(now_ms) {
+                one.set_ceiling(ceiling);
+            }
+            *one = Clock::after_restart(one.ceiling(), round);
+            let ahead_ms = Clock::ahead_ms(one.last(), now_ms);
+            assert!(ahead_ms <= STEP_MS + 2 * AHEAD_STEP_MS, "{ahead_ms} ms ahead after {round} crashes");
+        }
     }
 
     #[test]
@@ -198,7 +220,7 @@ mod tests {
                         seen = seen.max(time);
                     }
                     Step::Commit => {
-                        if let Some(ceiling) = clock.needs_ceiling() {
+                        if let Some(ceiling) = clock.needs_ceiling(0) {
                             synced = ceiling;
                             clock.set_ceiling(ceiling);
                         }

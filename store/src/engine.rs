@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
+use rocksdb::ErrorKind;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use vasto_client::v1::Disk;
 
@@ -50,6 +51,22 @@ pub enum Error {
         /// Its length.
         len: usize,
     },
+}
+
+impl Error {
+    /// Whether the files are damaged, so that what they held can't be relied on.
+    pub fn is_damage(&self) -> bool {
+        match self {
+            Self::Rocks { source, .. } => match source.kind() {
+                ErrorKind::Corruption => true,
+                // EIO: the disk can't read (or write) a block any more. Others, such as too many open files, pass.
+                ErrorKind::IOError => source.as_ref().contains("Input/output error"),
+                _ => false,
+            },
+            Self::Row { .. } => true,
+            Self::Io { .. } => false,
+        }
+    }
 }
 
 /// What a database says of itself, for metrics.

@@ -118,7 +118,7 @@ pub fn shipped(key: Bytes, encoded: Bytes) -> Vec<Shipped> {
 }
 
 /// Splits a page so that no message outgrows its limit; at least one, possibly empty.
-fn in_messages(records: Vec<Shipped>) -> Vec<Vec<Shipped>> {
+pub fn in_messages(records: Vec<Shipped>) -> Vec<Vec<Shipped>> {
     let mut messages = vec![Vec::new()];
     let mut bytes = 0;
     for record in records {

@@ -143,17 +143,22 @@ impl Host {
     }
 
     /// Takes in what the operator says of one keyspace.
+    #[cfg(test)]
     pub async fn install(&self, update: KeyspaceUpdate) {
-        let Some((uid, version)) = update.topology.as_ref().map(|t| (t.uid.clone(), t.version)) else { return };
+        if let Some(keyspace) = self.hear(update) {
+            self.obey(&keyspace).await;
+        }
+    }
+
+    /// Keeps what the operator says of one keyspace until it is obeyed; what is said later replaces it.
+    pub fn hear(&self, update: KeyspaceUpdate) -> Option<Arc<Keyspace>> {
+        let uid = update.topology.as_ref()?.uid.clone();
         if let Some(only) = self.only.as_ref().filter(|only| **only != uid) {
             tracing::warn!(uid, only, "ignoring the topology of a keyspace that is not this store's");
-            return;
+            return None;
         }
-        if !self.foreign.is_empty() {
-            return;
-        }
-        if self.unopened.iter().any(|(unopened, _)| *unopened == uid) {
-            return;
+        if !self.foreign.is_empty() || self.unopened.iter().any(|(unopened, _)| *unopened == uid) {
+            return None;
         }
         let keyspace = self.keyspace(&uid).unwrap_or_else(|| {
             let keyspace = Keyspace::create(&self.name, self.dir.clone(), self.context.clone(), &uid);
@@ -164,10 +169,15 @@ impl Host {
                 .or_insert(keyspace)
                 .clone()
         });
-        keyspace.install(update).await;
-        keyspace.confirm(version);
+        keyspace.hear(update);
+        Some(keyspace)
+    }
+
+    /// Acts on what was heard last.
+    pub async fn obey(&self, keyspace: &Arc<Keyspace>) {
+        keyspace.obey().await;
         if keyspace.is_gone() {
-            self.keyspaces.write().unwrap_or_else(std::sync::PoisonError::into_inner).remove(&uid);
+            self.keyspaces.write().unwrap_or_else(std::sync::PoisonError::into_inner).remove(keyspace.uid());
         }
     }
 

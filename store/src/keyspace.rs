@@ -20,8 +20,9 @@ use crate::build::Building;
 use crate::collect::Collector;
 use crate::dir::{self, Dir, write_durably};
 use crate::merge::Limits;
+use crate::metrics::Counts;
 use crate::replica::{Context, Replica, Settings, SourceProgress};
-use crate::{clean, follow, snapshot};
+use crate::{clean, follow, quarantine, repair, snapshot};
 
 /// Why a keyspace's folder can't be used.
 #[derive(Debug, thiserror::Error)]
@@ -47,13 +48,21 @@ pub enum Slot {
     Building(Arc<Building>),
     /// Born and open.
     Open(Arc<Replica>),
-    /// It can't be opened; a person or the operator must act.
-    Broken {
-        /// Its shard.
-        shard: u32,
-        /// Why.
-        fault: String,
-    },
+    /// It can't be opened, or was closed since its files are damaged; the operator or a person must act.
+    Broken(Broken),
+}
+
+/// A replica that is here and not open.
+#[derive(Clone, Debug)]
+pub struct Broken {
+    /// Its shard.
+    pub shard: u32,
+    /// Why.
+    pub fault: String,
+    /// It stays closed: only another copy helps.
+    pub quarantined: bool,
+    /// It has never stood in a `current` view.
+    pub candidate: bool,
 }
 
 struct Member {
@@ -77,6 +86,8 @@ pub struct Keyspace {
     /// Persisted, and known to every writer.
     installed: AtomicU64,
     installing: Mutex<()>,
+    /// What the operator said last and nobody has acted on yet.
+    heard: std::sync::Mutex<Option<KeyspaceUpdate>>,
     members: RwLock<BTreeMap<u64, Member>>,
     /// Whether the operator (or a majority of peers) has said what is current since this process started.
     confirmed: AtomicBool,
@@ -102,6 +113,7 @@ impl Keyspace {
             update: watch::Sender::new(Arc::default()),
             installed: AtomicU64::new(0),
             installing: Mutex::new(()),
+            heard: std::sync::Mutex::new(None),
             members: RwLock::default(),
             // It has accepted nothing under any older version.
             confirmed: AtomicBool::new(true),
@@ -148,6 +160,10 @@ impl Keyspace {
     /// The keyspace's uid.
     pub fn uid(&self) -> &str {
         &self.uid
+    }
+    /// What is counted as it happens.
+    pub fn counts(&self) -> &Counts {
+        &self.context.counts
     }
     /// Time, randomness, network.
     pub fn env(&self) -> &Env {
@@ -261,14 +277,38 @@ impl Keyspace {
         }
     }
 
-    /// Takes in an update: persists it, lets every writer know (fenced, if it asks
-    /// for that), then acts on it. Older versions are refused, so that a deposed
+    /// Keeps what the operator says until it is obeyed. What it said before is of no use any more.
+    pub fn hear(&self, update: KeyspaceUpdate) {
+        *self.heard.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(update);
+    }
+
+    /// Takes in what the operator said last: in its order, whoever comes first.
+    pub async fn obey(self: &Arc<Self>) {
+        let _turn = self.installing.lock().await;
+        let heard = self.heard.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
+        if let Some(update) = heard {
+            let version = version_of(&update);
+            self.take_in(update).await;
+            self.confirm(version);
+        }
+    }
+
+    /// Takes in what a peer knows. Where a store is, the operator has said last: a peer adds only what is not known.
+    pub async fn install(self: &Arc<Self>, mut update: KeyspaceUpdate) {
+        let _turn = self.installing.lock().await;
+        let known = self.update();
+        update.addresses.retain(|a| known.addresses.iter().all(|k| k.store != a.store));
+        update.addresses.splice(0..0, known.addresses.iter().cloned());
+        self.take_in(update).await;
+    }
+
+    /// Takes in an update, in one's turn: persists it, lets every writer know (fenced, if it
+    /// asks for that), then acts on it. Older versions are refused, so that a deposed
     /// leader does no harm; the same version may bring new addresses.
-    pub async fn install(self: &Arc<Self>, update: KeyspaceUpdate) {
+    async fn take_in(self: &Arc<Self>, update: KeyspaceUpdate) {
         if self.frozen {
             return;
         }
-        let _turn = self.installing.lock().await;
         let Some(topology) = update.topology.clone() else { return };
         let known = self.update();
         if topology.uid != self.uid || topology.version < version_of(&known) {
@@ -402,26 +442,29 @@ impl Keyspace {
             Ok(None) => Slot::Building(Arc::new(Building::new(id, shard, dir))),
             Err(error) => {
                 tracing::error!(keyspace = self.uid, shard, replica = format!("{id:016x}"), %error, "a replica can't be opened");
-                Slot::Broken { shard, fault: error.to_string() }
+                if error.is_damage() {
+                    self.context.counts.quarantines.inc();
+                }
+                let (fault, quarantined) = (error.to_string(), error.is_damage());
+                Slot::Broken(Broken { shard, fault, quarantined, candidate: false })
             }
         };
-        let member = Member {
-            slot: slot.clone(),
-            stop: self.stop.child_token(),
-            tasks: TaskTracker::new(),
-            unnamed: false,
-            cleaning: AtomicU64::new(0),
-        };
+        let member = self.member(slot.clone());
         match slot {
             Slot::Open(replica) => self.feed(&member, replica),
             Slot::Building(building) => {
                 let keyspace = self.clone();
                 member.spawn(async move { keyspace.build(building).await });
             }
-            Slot::Broken { .. } => {}
+            Slot::Broken(_) => {}
         }
         self.members_mut().insert(id, member);
         self.context.changed.notify_one();
+    }
+
+    fn member(&self, slot: Slot) -> Member {
+        let (stop, tasks) = (self.stop.child_token(), TaskTracker::new());
+        Member { slot, stop, tasks, unnamed: false, cleaning: AtomicU64::new(0) }
     }
 
     fn open_replica(&self, dir: &std::path::Path) -> Result<Option<Arc<Replica>>, crate::replica::Error> {
@@ -441,6 +484,8 @@ impl Keyspace {
         let opened = self.env().blocking(move || keyspace.open_replica(&dir)).await;
         // A topology may come in between opening and inserting: with its turn taken, none does.
         let _turn = self.installing.lock().await;
+        let broken =
+            |fault, quarantined| Slot::Broken(Broken { shard: building.shard, fault, quarantined, candidate: true });
         let slot = match opened {
             Ok(Ok(Some(replica))) => {
                 for (source, built) in building.sources() {
@@ -449,8 +494,8 @@ impl Keyspace {
                 replica.install(self.topology()).await;
                 Slot::Open(replica)
             }
-            Ok(Ok(None)) => Slot::Broken { shard: building.shard, fault: "built, but not born".into() },
-            Ok(Err(error)) => Slot::Broken { shard: building.shard, fault: error.to_string() },
+            Ok(Ok(None)) => broken("built, but not born".into(), false),
+            Ok(Err(error)) => broken(error.to_string(), error.is_damage()),
             Err(_) => return,
         };
         let mut members = self.members_mut();
@@ -469,8 +514,18 @@ impl Keyspace {
         self.context.changed.notify_one();
     }
 
-    /// Starts what keeps an open replica alive: following, syncing, collecting.
+    /// Starts what keeps an open replica alive: following, syncing, collecting, comparing; and what closes a damaged one.
     fn feed(self: &Arc<Self>, member: &Member, replica: Arc<Replica>) {
+        let (keyspace, compared) = (self.clone(), replica.clone());
+        member.spawn(async move { repair::run(&keyspace, &compared).await });
+        let (keyspace, watched, stop) = (self.clone(), replica.clone(), member.stop.clone());
+        // Not one of the member's own tasks: it outlives the member that it ends.
+        tokio::spawn(async move {
+            tokio::select! {
+                () = stop.cancelled() => {}
+                () = quarantine::due(&keyspace, &watched) => keyspace.quarantine(&watched).await,
+            }
+        });
         let (keyspace, follower) = (self.clone(), replica.clone());
         member.spawn(async move {
             let mut updates = keyspace.updates();
@@ -519,6 +574,34 @@ impl Keyspace {
                 collector.step(&keyspace, &replica).await;
             }
         });
+    }
+
+    /// Closes a damaged replica; its files stay until the topology drops it.
+    async fn quarantine(&self, replica: &Replica) {
+        let (shard, fault) = (replica.shard, replica.progress.fault().unwrap_or_default().to_owned());
+        let id = format!("{:016x}", replica.id);
+        let _turn = self.installing.lock().await;
+        let candidate = !replica.progress.served();
+        let broken = Broken { shard, fault: fault.clone(), quarantined: true, candidate };
+        let open = {
+            let mut members = self.members_mut();
+            if members.get(&replica.id).is_none_or(|m| m.stop.is_cancelled()) {
+                return;
+            }
+            members.insert(replica.id, self.member(Slot::Broken(broken)))
+        };
+        if let Some(open) = open {
+            open.end(self.env()).await;
+        }
+        self.context.counts.quarantines.inc();
+        tracing::error!(
+            keyspace = self.uid,
+            shard,
+            replica = id,
+            fault,
+            "a damaged replica is closed; it is made anew from another copy"
+        );
+        self.context.changed.notify_one();
     }
 
     /// Stops a replica and deletes (or keeps, unserved) its files.
@@ -570,7 +653,7 @@ impl Keyspace {
                 }
                 Some(Slot::Open(_)) => None,
                 Some(Slot::Building(_)) => Some("its replica is still being built".to_owned()),
-                Some(Slot::Broken { fault, .. }) => Some(format!("its replica can't be opened: {fault}")),
+                Some(Slot::Broken(broken)) => Some(format!("its replica is not open: {}", broken.fault)),
                 None => Some(format!("its replica {:016x} is not here", place.assignment.replica)),
             };
             if let Some(trouble) = trouble {
@@ -611,9 +694,14 @@ impl Keyspace {
                     sources: building.sources().into_iter().map(|(id, s)| source(id, s, None)).collect(),
                     ..ReplicaReport::default()
                 },
-                Slot::Broken { shard, fault } => {
-                    ReplicaReport { id: *id, shard: *shard, fault: fault.clone(), ..ReplicaReport::default() }
-                }
+                Slot::Broken(broken) => ReplicaReport {
+                    id: *id,
+                    shard: broken.shard,
+                    fault: broken.fault.clone(),
+                    quarantined: broken.quarantined,
+                    candidate: broken.candidate,
+                    ..ReplicaReport::default()
+                },
             })
             .collect();
         KeyspaceReport {
@@ -630,7 +718,7 @@ impl Member {
         match &self.slot {
             Slot::Open(replica) => replica.shard,
             Slot::Building(building) => building.shard,
-            Slot::Broken { shard, .. } => *shard,
+            Slot::Broken(broken) => broken.shard,
         }
     }
 
@@ -712,6 +800,7 @@ fn report_open(topology: &Topology, replica: &Replica) -> ReplicaReport {
         full: progress.full.load(Ordering::Relaxed),
         candidate: !progress.served(),
         taken_over: progress.taken_over(),
+        quarantined: false,
     }
 }
 

@@ -19,6 +19,8 @@ mod keyspace;
 mod leave;
 mod meta;
 mod metrics;
+mod quarantine;
+mod repair;
 mod replica;
 mod report;
 mod server;
@@ -131,7 +133,12 @@ where
 {
     let dir = dir::Dir::open(&options.data, &options.name)?;
     let address = options.advertise.clone().unwrap_or_default();
-    let context = replica::Context { storage, env: env.clone(), changed: Arc::new(tokio::sync::Notify::new()) };
+    let context = replica::Context {
+        storage,
+        env: env.clone(),
+        counts: options.monitor.counts(),
+        changed: Arc::new(tokio::sync::Notify::new()),
+    };
     let host = host::Host::open(&options.name, options.only.as_deref(), address.clone(), dir, context);
     tracing::info!(store = options.name, address, data = %options.data.display(), "serving");
     host.resume().await;

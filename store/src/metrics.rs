@@ -164,6 +164,14 @@ pub struct Counts {
     operations: [[Counter; Ending::ALL.len()]; Operation::ALL.len()],
     read: Histogram,
     write: Histogram,
+    /// Ranges of a replica compared with another's.
+    pub ranges_compared: Counter,
+    /// Those in which the replica lacked something.
+    pub ranges_divergent: Counter,
+    /// Records joined in since a comparison found them missing or old.
+    pub records_repaired: Counter,
+    /// Replicas closed since their files are damaged.
+    pub quarantines: Counter,
 }
 
 impl Counts {
@@ -183,7 +191,22 @@ impl Counts {
             Unit::Seconds,
             latency.clone(),
         );
+        let mut counter = |name, help| {
+            let counter = Counter::default();
+            registry.register(name, help, counter.clone());
+            counter
+        };
         Self {
+            ranges_compared: counter("store_ranges_compared", "Ranges of a replica compared with another's"),
+            ranges_divergent: counter(
+                "store_ranges_divergent",
+                "Compared ranges in which the replica lacked something",
+            ),
+            records_repaired: counter(
+                "store_records_repaired",
+                "Records joined in since a comparison found a difference",
+            ),
+            quarantines: counter("store_quarantines", "Replicas closed since their files are damaged"),
             operations: Operation::ALL.map(|(_, operation)| {
                 Ending::ALL
                     .map(|(_, result)| operations.get_or_create_owned(&[("operation", operation), ("result", result)]))
@@ -225,9 +248,11 @@ impl Collector for Standing {
     fn encode(&self, mut encoder: DescriptorEncoder) -> fmt::Result {
         let Some(host) = self.0.get().and_then(Weak::upgrade) else { return Ok(()) };
         let mut usage = BTreeMap::<(String, u32), Usage>::new();
+        let mut compared = Shards::<u64>::new();
         for keyspace in host.all() {
             let name = keyspace.name();
             for replica in keyspace.replicas() {
+                compared.insert((name.clone(), replica.shard), replica.progress.compared_ms() / 1_000);
                 let more = replica.engine.usage();
                 let sum = usage.entry((name.clone(), replica.shard)).or_default();
                 sum.memtable_bytes += more.memtable_bytes;
@@ -238,7 +263,14 @@ impl Collector for Standing {
                 sum.running_flushes += more.running_flushes;
             }
         }
-        for family in families(&host.report(), host.is_connected(), host.cache_bytes(), &usage) {
+        let compared = Gauges {
+            name: "store_compared_timestamp",
+            help: "When the replica was last compared with all others of its shard; 0: not since it was opened.",
+            unit: Some(Unit::Seconds),
+            rows: by_shard(&compared, |seconds| *seconds),
+        };
+        let families = families(&host.report(), host.is_connected(), host.cache_bytes(), &usage);
+        for family in families.into_iter().chain([compared]) {
             let mut metric =
                 encoder.encode_descriptor(family.name, family.help, family.unit.as_ref(), MetricType::Gauge)?;
             for (labels, value) in &family.rows {
@@ -314,7 +346,7 @@ fn families(report: &StoreReport, connected: bool, cache: (u64, u64), usage: &Sh
     );
     add("store_replica_records", "Records, estimated.", &None, by_shard(&sizes, |s| s.0));
     add("store_replica", "Bytes of a replica's files and memtables, estimated.", &bytes, by_shard(&sizes, |s| s.1));
-    add("store_replica_faults", "Replicas that a person must look at.", &None, one(faults));
+    add("store_replica_faults", "Replicas that take no more writes.", &None, one(faults));
     add("store_disk_free", "What the store can still write to its data folder's disk.", &bytes, disk(|d| d.free_bytes));
     add("store_disk_size", "Size of the data folder's disk.", &bytes, disk(|d| d.size_bytes));
     let full = disk(|d| u64::from(!dir::has_room(d)));

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 
 use serde::{Deserialize, Serialize};
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
+use tokio_util::sync::CancellationToken;
 use vasto_client::env::Env;
 use vasto_client::v1::{FailureCode, Position, SnapshotRequired, Topology};
 
@@ -15,6 +16,7 @@ use crate::clock::Clock;
 use crate::engine::{self, Batch, Engine, Storage};
 use crate::merge::Limits;
 use crate::meta::{self, Fence};
+use crate::metrics::Counts;
 use crate::record::Stamp;
 use crate::writer::{Command, LocalWrite, PeerBatch, Refused, Start, Writer};
 
@@ -55,6 +57,18 @@ pub enum Error {
         /// By its database.
         found: u64,
     },
+}
+
+impl Error {
+    /// Whether the replica's files are damaged or gone, so that only another copy helps. What a
+    /// person has mixed up, or what may pass, is not.
+    pub fn is_damage(&self) -> bool {
+        match self {
+            Self::Engine(error) => error.is_damage(),
+            Self::Emptied(_) => true,
+            Self::Io { .. } | Self::NotBorn(_) | Self::Mixed { .. } => false,
+        }
+    }
 }
 
 /// The file beside the database that says what it is.
@@ -124,6 +138,10 @@ pub struct Progress {
     pub full: AtomicBool,
     synced_writes: AtomicBool,
     fault: OnceLock<String>,
+    /// Cancelled once there is a fault.
+    faulted: CancellationToken,
+    /// When it was last compared with all others of its shard, unix ms.
+    compared_ms: AtomicU64,
     /// Rung when something that is reported has changed.
     changed: Arc<tokio::sync::Notify>,
 }
@@ -301,10 +319,30 @@ impl Progress {
     pub fn sources(&self) -> BTreeMap<u64, SourceProgress> {
         self.state().sources.clone()
     }
-    /// The replica takes no more writes; a person or a rebuild must mend it.
+    /// The replica takes no more writes; a rebuild or a person must mend it.
     pub fn poison(&self, fault: String) {
         let _ = self.fault.set(fault);
+        self.faulted.cancel();
         self.changed.notify_one();
+    }
+    /// The files could not be read: if they are damaged, the replica takes no more writes.
+    pub fn failed(&self, error: &engine::Error) {
+        if error.is_damage() && self.fault().is_none() {
+            tracing::error!(%error, "a replica's files are damaged; it takes no more writes");
+            self.poison(error.to_string());
+        }
+    }
+    /// Waits until it takes no more writes.
+    pub async fn faulted(&self) {
+        self.faulted.cancelled().await;
+    }
+    /// When it was last compared with all others of its shard, unix ms; 0: not since it was opened.
+    pub fn compared_ms(&self) -> u64 {
+        self.compared_ms.load(Ordering::Acquire)
+    }
+    /// It has been compared with all others of its shard.
+    pub fn set_compared_ms(&self, ms: u64) {
+        self.compared_ms.store(ms, Ordering::Release);
     }
     /// Why it takes no more writes.
     pub fn fault(&self) -> Option<&str> {
@@ -352,6 +390,8 @@ pub struct Replica {
     pub origin: u64,
     /// Held while a snapshot is joined in: one at a time.
     pub snapshot_turn: tokio::sync::Mutex<()>,
+    /// Held while it is compared with its peers: one round at a time.
+    pub repair_turn: tokio::sync::Mutex<()>,
     settings: Mutex<Settings>,
     commands: mpsc::Sender<Command>,
     room: Arc<Semaphore>,
@@ -364,6 +404,8 @@ pub struct Context {
     pub storage: Arc<dyn Storage>,
     /// Time and randomness.
     pub env: Env,
+    /// What is counted as it happens.
+    pub counts: Arc<Counts>,
     /// Rung when something that is reported has changed.
     pub changed: Arc<tokio::sync::Notify>,
 }
@@ -454,6 +496,8 @@ impl Replica {
             full: AtomicBool::new(false),
             synced_writes: AtomicBool::new(settings.synced),
             fault: OnceLock::new(),
+            faulted: CancellationToken::new(),
+            compared_ms: AtomicU64::new(0),
             changed: context.changed.clone(),
         });
         let writer = Writer::new(Start {
@@ -484,6 +528,7 @@ impl Replica {
             progress,
             origin,
             snapshot_turn: tokio::sync::Mutex::new(()),
+            repair_turn: tokio::sync::Mutex::new(()),
             settings: Mutex::new(settings),
             commands,
             room: Arc::new(Semaphore::new(ROOM_KIB)),

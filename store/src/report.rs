@@ -135,8 +135,9 @@ async fn once(host: &Arc<Host>, env: &Env, operator: &str, stop: &CancellationTo
                 Some(update) => {
                     // Beside the reports: an install may take long, and silence would look like death.
                     for keyspace in update?.keyspaces {
+                        let Some(keyspace) = host.hear(keyspace) else { continue };
                         let host = host.clone();
-                        tokio::spawn(async move { host.install(keyspace).await });
+                        tokio::spawn(async move { host.obey(&keyspace).await });
                     }
                     continue;
                 }

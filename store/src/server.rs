@@ -14,10 +14,11 @@ use tonic::{Request, Response, Status, Streaming};
 use vasto_client::env::Env;
 use vasto_client::hash::{jump_hash, partition_hash};
 use vasto_client::v1::{
-    Answer, Batch, CompactRequest, CompactResponse, Entry, Failure, FailureCode, FollowRequest, FollowResponse,
-    InspectEntry, InspectRequest, InspectResponse, KeyspaceUpdate, LearnRequest, Missing, Operation, ScanRequest,
-    ScanResponse, SnapshotRequest, SnapshotResponse, Value, Written, answer, follow_request, follow_response,
-    peer_server, store_server, value,
+    Answer, Batch, CompactRequest, CompactResponse, CompareRequest, CompareResponse, Entry, Failure, FailureCode,
+    FollowRequest, FollowResponse, HashRequest, HashResponse, InspectEntry, InspectRequest, InspectResponse,
+    KeyspaceUpdate, LearnRequest, Missing, Operation, RepairRequest, RepairResponse, ScanRequest, ScanResponse,
+    SnapshotRequest, SnapshotResponse, SoundRequest, SoundResponse, Value, Written, answer, follow_request,
+    follow_response, peer_server, store_server, value,
 };
 use xxhash_rust::xxh64::xxh64;
 
@@ -27,6 +28,7 @@ use crate::keyspace::{Keyspace, readable};
 use crate::merge::{Limits, LocalOp};
 use crate::metrics::{Counts, Ending, Operation as Kind, Part, Tally};
 use crate::record::{Content, Record, Stamp, View, glance};
+use crate::repair;
 use crate::replica::Replica;
 use crate::snapshot;
 use crate::writer::{LocalWrite, Refused};
@@ -37,6 +39,8 @@ const MESSAGES: usize = 64;
 const PAGE_BYTES: usize = 256 << 10;
 /// The largest value that one answer holds.
 const VALUE_BYTES: usize = 15 << 20;
+/// How often whoever waits for a repair hears of it.
+const TELL: Duration = Duration::from_millis(500);
 /// Rows looked at in one step of a scan.
 const PAGE_ROWS: usize = 2_000;
 
@@ -209,7 +213,8 @@ fn ending(answer: &Answer) -> Ending {
 }
 
 fn read(replica: &Replica, id: u64, key: &[u8], hash: u64, now: u64) -> Answer {
-    let found = replica.engine.row(key).map_err(|e| e.to_string()).and_then(|row| match row {
+    let row = replica.engine.row(key).inspect_err(|e| replica.progress.failed(e));
+    let found = row.map_err(|e| e.to_string()).and_then(|row| match row {
         Some(row) => Record::decode(row.record).map(Some).map_err(|e| e.to_string()),
         None => Ok(None),
     });
@@ -349,7 +354,10 @@ impl store_server::Store for Server {
                     });
                     let last = match walked {
                         Ok(()) => Ok(InspectResponse { entries }),
-                        Err(error) => Err(Status::data_loss(error.to_string())),
+                        Err(error) => {
+                            replica.progress.failed(&error);
+                            Err(Status::data_loss(error.to_string()))
+                        }
                     };
                     send(last);
                 })
@@ -371,6 +379,44 @@ impl store_server::Store for Server {
             CompactResponse { bytes_before: before, bytes_after: after }
         });
         done.await.map(Response::new).map_err(|e| Status::internal(e.to_string()))
+    }
+
+    async fn hash(&self, request: Request<HashRequest>) -> Result<Response<HashResponse>, Status> {
+        let request = request.into_inner();
+        let (keyspace, replica) = self.replica(&request.keyspace, request.replica)?;
+        let (topology, reading) = (keyspace.topology(), replica.clone());
+        let now_ms = if request.now_ms == 0 { self.env.now_ms() } else { request.now_ms };
+        let read = self.env.blocking(move || repair::content(&reading, &topology, now_ms)).await;
+        let read = read.map_err(|e| Status::internal(e.to_string()))?;
+        let (records, hash) = read.map_err(|error| {
+            replica.progress.failed(&error);
+            Status::data_loss(error.to_string())
+        })?;
+        Ok(Response::new(HashResponse { records, hash }))
+    }
+
+    type RepairStream = Out<RepairResponse>;
+
+    async fn repair(&self, request: Request<RepairRequest>) -> Result<Response<Self::RepairStream>, Status> {
+        let request = request.into_inner();
+        let (keyspace, replica) = self.replica(&request.keyspace, request.replica)?;
+        let (send, receive) = mpsc::channel(4);
+        tokio::spawn(async move {
+            let mut told = Instant::now();
+            let tell = |totals: &RepairResponse| {
+                if told.elapsed() >= TELL {
+                    told = Instant::now();
+                    // Whoever reads slowly skips some.
+                    let _ = send.try_send(Ok(totals.clone()));
+                }
+            };
+            let round = repair::round(&keyspace, &replica, repair::WAITED_FOR, tell);
+            tokio::select! {
+                totals = round => { let _ = send.send(Ok(totals)).await; }
+                () = send.closed() => {}
+            }
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(receive))))
     }
 }
 
@@ -477,7 +523,9 @@ fn scan_page(
         }
         more
     });
-    walked.map_err(|e| failure(FailureCode::Internal, e.to_string(), None))?;
+    walked
+        .inspect_err(|e| replica.progress.failed(e))
+        .map_err(|e| failure(FailureCode::Internal, e.to_string(), None))?;
     match large {
         // What comes before it is still worth sending.
         Some(len) if page.entries.is_empty() => Err(too_large(len)),
@@ -526,5 +574,23 @@ impl peer_server::Peer for Server {
     async fn learn(&self, request: Request<LearnRequest>) -> Result<Response<KeyspaceUpdate>, Status> {
         let keyspace = self.keyspace(&request.into_inner().keyspace)?;
         Ok(Response::new((*keyspace.update()).clone()))
+    }
+
+    async fn sound(&self, request: Request<SoundRequest>) -> Result<Response<SoundResponse>, Status> {
+        let request = request.into_inner();
+        let sound = self
+            .replica(&request.keyspace, request.replica)
+            .is_ok_and(|(_, replica)| replica.progress.fault().is_none() && !self.host.is_leaving());
+        Ok(Response::new(SoundResponse { sound }))
+    }
+
+    type CompareStream = Out<CompareResponse>;
+
+    async fn compare(&self, request: Request<CompareRequest>) -> Result<Response<Self::CompareStream>, Status> {
+        let request = request.into_inner();
+        let (keyspace, replica) = self.replica(&request.keyspace, request.source)?;
+        let (send, receive) = mpsc::channel(4);
+        tokio::spawn(repair::serve(keyspace, replica, request, send));
+        Ok(Response::new(Box::pin(ReceiverStream::new(receive))))
     }
 }

@@ -124,6 +124,7 @@ pub async fn serve(
     let sent = sending.await;
     if let Ok(Err(error)) = sent {
         tracing::warn!(replica = replica.id, %error, "a snapshot was not sent whole");
+        replica.progress.failed(&error);
         let _ = out.send(Err(Status::internal(error.to_string()))).await;
     }
 }

@@ -2,6 +2,7 @@
 //! no stamp, seq or merge used twice whatever a crash takes, fences that outlive a restart,
 //! positions that never skip silently, tombstones that go only when all have confirmed.
 
+mod repair;
 mod whole;
 
 use std::path::Path;
@@ -31,6 +32,7 @@ fn context() -> Context {
     Context {
         storage: Arc::new(RocksStorage::new(8 << 20, 16 << 20)),
         env: Env::real(),
+        counts: crate::metrics::Monitor::new().counts(),
         changed: Arc::new(Notify::new()),
     }
 }

@@ -108,7 +108,6 @@ pub struct Writer {
     served: bool,
     full: bool,
     alarmed: bool,
-    poisoned: bool,
     refusing: bool,
     disk_free: Box<dyn FnMut() -> bool + Send>,
 }
@@ -174,7 +173,6 @@ impl Writer {
             served,
             full: false,
             alarmed: false,
-            poisoned: false,
             refusing: false,
             disk_free,
         }
@@ -333,7 +331,7 @@ impl Writer {
         if let Some(record) = overlay.get(key) {
             return Ok(record.clone());
         }
-        let row = self.engine.row(key).map_err(internal)?;
+        let row = self.engine.row(key).inspect_err(|error| self.progress.failed(error)).map_err(internal)?;
         row.map(|row| Record::decode(row.record)).transpose().map_err(internal)
     }
 
@@ -358,7 +356,7 @@ impl Writer {
         batch: &mut Batch,
         overlay: &mut HashMap<Bytes, Option<Record>>,
     ) -> Result<Stamp, Refused> {
-        if self.poisoned {
+        if self.progress.fault().is_some() {
             return Err(Refused::new(FailureCode::NotReady, self.progress.fault_text()));
         }
         if self.refusing {
@@ -411,7 +409,7 @@ impl Writer {
         overlay: &mut HashMap<Bytes, Option<Record>>,
         pending: &mut Pending,
     ) -> Result<(), Refused> {
-        if self.poisoned {
+        if self.progress.fault().is_some() {
             return Err(Refused::new(FailureCode::NotReady, self.progress.fault_text()));
         }
         if self.full {
@@ -461,7 +459,7 @@ impl Writer {
             return;
         }
         // Ceilings are synced before anything under them is, with the same sync where there is one.
-        let clock_ceiling = self.clock.needs_ceiling();
+        let clock_ceiling = self.clock.needs_ceiling(self.env.now_ms());
         let mut sync = pending.sync;
         if clock_ceiling.is_some() || self.seq > self.seq_ceiling {
             if self.seq > self.seq_ceiling {
@@ -473,14 +471,13 @@ impl Writer {
             batch.put_ceilings(self.clock.ceiling(), self.seq_ceiling);
             sync = true;
         }
-        let result = if self.poisoned {
+        let result = if self.progress.fault().is_some() {
             Err(Refused::new(FailureCode::Internal, self.progress.fault_text()))
         } else {
             self.engine.write(&batch, sync).map_err(|error| {
                 // After a failed write or sync the log's end is unknown: nothing more is
                 // written by this process.
                 tracing::error!(replica = self.replica, %error, "a write failed; the replica takes no more writes");
-                self.poisoned = true;
                 self.progress.poison(error.to_string());
                 internal(error)
             })
@@ -534,7 +531,7 @@ impl Writer {
     }
 
     fn stop(&mut self) {
-        if self.poisoned {
+        if self.progress.fault().is_some() {
             return;
         }
         let mut batch = Batch::default();

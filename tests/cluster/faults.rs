@@ -1,7 +1,9 @@
 //! Death in every phase: of one store, of the operator, of everything at once;
 //! and a change of mind in every phase. Each finishes, and no acknowledged write is lost.
 
-use std::sync::atomic::Ordering;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use vasto_client::Op;
@@ -147,6 +149,72 @@ async fn a_store_whose_volume_is_gone_is_filled_anew() {
     load.verify().await;
     let (code, out, err) = cluster.run(&["check", "faults"]);
     assert_eq!(code, 0, "{out}{err}");
+}
+
+/// Flips a bit in the largest sorted file of each replica in a store's folder; says how many.
+fn damage(store: &Path) -> usize {
+    let files = |folder: &Path| -> Vec<PathBuf> {
+        std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect()
+    };
+    let keyspace = files(&store.join("keyspaces")).into_iter().find(|path| path.join("replicas").exists()).unwrap();
+    let replicas = files(&keyspace.join("replicas"));
+    for replica in &replicas {
+        let sorted = files(&replica.join("db")).into_iter().filter(|f| f.extension().is_some_and(|e| e == "sst"));
+        let largest = sorted.max_by_key(|f| f.metadata().unwrap().len()).unwrap();
+        let mut bytes = std::fs::read(&largest).unwrap();
+        bytes[100] ^= 0x40;
+        std::fs::write(&largest, bytes).unwrap();
+    }
+    replicas.len()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replica_whose_files_are_damaged_is_closed_and_made_anew() {
+    let mut cluster = Cluster::start(2, &document("Periodic"));
+    cluster.settled("faults", 2, 2, 30).await;
+    let load = Load::fill(cluster.keyspace("faults").await, keys(2_000), true).await;
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while cluster.run(&["check", "faults"]).0 != 0 {
+        assert!(Instant::now() < deadline, "the replicas don't become equal\n{}", cluster.tail());
+    }
+    let (code, out, err) = cluster.run(&["check", "faults", "--repair", "--output", "json"]);
+    assert_eq!(code, 0, "{out}{err}");
+    let report: serde_json::Value = serde_json::from_str(&out).unwrap();
+    let repaired = report["repaired"].as_array().unwrap();
+    assert_eq!(repaired.len(), 4, "{out}");
+    assert!(repaired.iter().all(|r| r["ranges"].as_u64() > Some(0) && r["mended"] == 0), "{out}");
+
+    let (code, out, err) = cluster.run(&["keyspace", "compact", "faults"]);
+    assert_eq!(code, 0, "{out}{err}");
+    let before = topology(&cluster.describe("faults").await.unwrap());
+    cluster.kill_store("store-1");
+    assert_eq!(damage(&cluster.path().join("store-1")), 2);
+    cluster.start_store("store-1");
+    // Whoever reads everything meets it.
+    let (damaged, operator) = (Arc::new(AtomicBool::new(true)), cluster.operator_address());
+    let reading = std::thread::spawn({
+        let damaged = damaged.clone();
+        move || {
+            while damaged.load(Ordering::Relaxed) {
+                vasto_tests::cluster::run(&["--operator", &operator, "check", "faults", "--repair"]);
+            }
+        }
+    });
+    cluster
+        .wait_for("faults", "new replicas on store-1", 60, |resource| {
+            let now = topology(resource);
+            let old = before.current.iter().flat_map(|v| v.places()).filter(|p| p.assignment.store == "store-1");
+            old.into_iter().all(|p| now.views().all(|v| v.place(p.assignment.replica).is_none()))
+        })
+        .await;
+    damaged.store(false, Ordering::Relaxed);
+    reading.join().unwrap();
+    cluster.settled("faults", 2, 2, 60).await;
+    load.verify().await;
+    let (code, out, err) = cluster.run(&["check", "faults"]);
+    assert_eq!(code, 0, "{out}{err}");
+    let log = std::fs::read_to_string(cluster.path().join("store-1.log")).unwrap();
+    assert_eq!(log.matches("a damaged replica is closed").count(), 2, "{}", cluster.tail());
 }
 
 #[tokio::test(flavor = "multi_thread")]

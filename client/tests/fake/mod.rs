@@ -437,4 +437,15 @@ impl v1::store_server::Store for FakeStore {
     async fn compact(&self, _: Request<CompactRequest>) -> Result<Response<CompactResponse>, Status> {
         Ok(Response::new(CompactResponse { bytes_before: 100, bytes_after: self.store as u64 }))
     }
+
+    async fn hash(&self, request: Request<HashRequest>) -> Result<Response<HashResponse>, Status> {
+        Ok(Response::new(HashResponse { records: 1, hash: request.into_inner().replica }))
+    }
+
+    type RepairStream = Pin<Box<dyn Stream<Item = Result<RepairResponse, Status>> + Send>>;
+
+    async fn repair(&self, _: Request<RepairRequest>) -> Reply<RepairResponse> {
+        let totals = [1, 2].map(|ranges| Ok(RepairResponse { ranges, ..RepairResponse::default() }));
+        Ok(Response::new(Box::pin(futures::stream::iter(totals))))
+    }
 }

@@ -1,5 +1,5 @@
-//! Giving up the dead: a replica whose store was away too long, or whose volume is
-//! gone, is written off where another living copy serves, or where a person accepts
+//! Giving up the dead: a replica whose store was away too long, whose volume is gone, or
+//! whose store has closed it since its files are damaged, is written off where another living copy serves, or where a person accepts
 //! the loss. Its places become vacant, so that nobody waits for it.
 
 use vasto_client::hash::shards_meet;
@@ -23,7 +23,8 @@ pub(super) fn give_up(t: &mut Topology, call: &mut Call<'_>) {
         let by_person = accepted.as_ref() == Some(store);
         let dead = match seen.fate(place.assignment) {
             Fate::Lost | Fate::Gone => true,
-            Fate::Living(report) => by_person && !report.fault.is_empty(),
+            // One that is faulty and still open may have what others lack.
+            Fate::Living(report) => report.quarantined || (by_person && !report.fault.is_empty()),
             Fate::Away | Fate::Vacant => false,
         };
         if !dead || doomed.iter().any(|d| d.replica == replica) {

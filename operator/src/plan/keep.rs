@@ -102,7 +102,7 @@ pub(super) fn candidate(t: &Topology, seen: &Observation, store: &str, shard: u3
         let dropped = t.drops.iter().any(|d| d.replica == r.id);
         nobody && r.born && r.fault.is_empty() && t.is_given_up(r.id) && !named(t, r.id) && !dropped
     });
-    let made = here().filter(|r| r.candidate && unknown(t, r.id));
+    let made = here().filter(|r| r.candidate && !r.quarantined && unknown(t, r.id));
     best.map(|r| r.id).min().or_else(|| made.map(|r| (r.born, r.id)).min().map(|(_, id)| id))
 }
 

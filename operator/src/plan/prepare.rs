@@ -29,13 +29,15 @@ pub(super) fn step(t: &mut Topology, call: &mut Call<'_>) {
     }
 }
 
-/// Writes down the candidates that stores have made; forgets those that are gone. True if any.
+/// Writes down the candidates that stores have made; forgets those that are gone, and drops those whose
+/// files are damaged. True if any.
 fn fill(t: &mut Topology, call: &mut Call<'_>) -> bool {
     let seen = call.seen;
-    let gone: Vec<u64> = givenup::candidates(t)
-        .filter(|d| seen.is_living(&d.store) && !seen.has(&d.store, d.replica))
-        .map(|d| d.replica)
-        .collect();
+    let damaged = |d: &Drop| seen.replica(&d.store, d.replica).is_some_and(|r| r.quarantined);
+    let missing = |d: &Drop| seen.is_living(&d.store) && !seen.has(&d.store, d.replica);
+    let dropped: Vec<Drop> = givenup::candidates(t).filter(|d| damaged(d) && keep_out(t, d)).collect();
+    let gone: Vec<u64> = givenup::candidates(t).filter(|d| missing(d) || damaged(d)).map(|d| d.replica).collect();
+    t.drops.extend(dropped);
     let Some(next) = &t.next else { return false };
     let mut filled = next.clone();
     for shard in 0..next.size() {

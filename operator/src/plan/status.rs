@@ -160,7 +160,15 @@ fn degraded(state: Option<&Topology>, call: &Call<'_>) -> Condition {
             let (store, shard) = (&place.assignment.store, place.shard);
             match seen.fate(place.assignment) {
                 Fate::Living(r) if !r.fault.is_empty() => {
-                    found.push((2, "ReplicaFault", format!("shard {shard} on {store}: {}", r.fault)));
+                    let then = match (r.born || r.quarantined, seen.has_copy(view, shard, r.id)) {
+                        (true, true) => "it is made anew from another copy",
+                        (true, false) => {
+                            "no other copy of the shard serves, so nothing is dropped: bring one back if there is one, \
+                             or save what can be read with `vasto dump`, then replace the store and accept the loss"
+                        }
+                        (false, _) => "it stays as it is: mend that and restart the store, or replace the store",
+                    };
+                    found.push((2, "ReplicaFault", format!("shard {shard} on {store}: {}; {then}", r.fault)));
                 }
                 Fate::Living(r) if r.full => {
                     found.push((3, "DiskFull", format!("{store} refuses writes: its disk is full")));

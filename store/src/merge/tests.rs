@@ -97,7 +97,7 @@ impl Replica {
 
     /// Ends as a crash does, with nothing lost, and comes back as another origin.
     fn restart(&mut self, origin: u64) {
-        let ceiling = self.clock.needs_ceiling().unwrap_or(self.clock.ceiling());
+        let ceiling = self.clock.needs_ceiling(0).unwrap_or(self.clock.ceiling());
         self.clock = Clock::after_restart(ceiling, origin);
     }
 

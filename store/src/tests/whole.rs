@@ -172,6 +172,32 @@ async fn its_own_data_beside_anothers_is_reported_as_it_was_left() {
     host.stop().await;
 }
 
+#[tokio::test]
+async fn what_the_operator_said_last_of_an_address_holds() {
+    let dir = tempfile::tempdir().unwrap();
+    let host = host(dir.path(), None);
+    let of = |stores: &[(&str, &str)]| KeyspaceUpdate {
+        topology: Some(prepare(UID, 1, &[0, 0])),
+        addresses: stores
+            .iter()
+            .map(|(store, address)| StoreAddress { store: (*store).into(), address: (*address).into() })
+            .collect(),
+    };
+    // Two come at once, and nobody says whose task runs first.
+    let first = host.hear(of(&[("store-0", "a:1")])).unwrap();
+    let second = host.hear(of(&[("store-0", "a:1"), ("store-1", "b:1")])).unwrap();
+    host.obey(&second).await;
+    host.obey(&first).await;
+    assert_eq!(second.address("store-1").as_deref(), Some("b:1"));
+    // A peer may not have heard yet where a store is now.
+    second.install(of(&[("store-1", "old:1"), ("store-2", "c:1")])).await;
+    let known = ["store-0", "store-1", "store-2"].map(|store| second.address(store).unwrap_or_default());
+    assert_eq!(known, ["a:1", "b:1", "c:1"]);
+    host.install(of(&[("store-1", "new:1")])).await;
+    assert_eq!(second.address("store-1").as_deref(), Some("new:1"));
+    host.stop().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn beside_anothers_data_no_candidate_is_made_anew() {
     let dir = tempfile::tempdir().unwrap();
@@ -578,6 +604,11 @@ async fn a_running_stores_metrics_are_well_formed() {
         format!("vasto_store_replica_records{shard}"),
         format!("vasto_store_replica_bytes{shard}"),
         "vasto_store_replica_faults".to_owned(),
+        format!("vasto_store_compared_timestamp_seconds{shard}"),
+        "vasto_store_ranges_compared_total".to_owned(),
+        "vasto_store_ranges_divergent_total".to_owned(),
+        "vasto_store_records_repaired_total".to_owned(),
+        "vasto_store_quarantines_total".to_owned(),
         "vasto_store_disk_free_bytes".to_owned(),
         "vasto_store_disk_size_bytes".to_owned(),
         "vasto_store_disk_full".to_owned(),

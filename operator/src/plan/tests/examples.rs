@@ -404,6 +404,52 @@ fn a_faulty_replica_is_replaced_when_a_person_says_so() {
     assert!(sim.stores["store-0"].replicas.values().all(|r| r.fault.is_empty()));
 }
 
+/// Its store can't rely on what it has.
+fn damage(sim: &mut Sim, store: &str) -> Vec<u64> {
+    let replicas = &mut sim.store(store).replicas;
+    for replica in replicas.values_mut() {
+        (replica.fault, replica.quarantined) = ("checksum mismatch".into(), true);
+    }
+    replicas.keys().copied().collect()
+}
+
+#[test]
+fn a_damaged_replica_is_made_anew_where_another_copy_serves() {
+    let mut sim = Sim::in_use(2, 2);
+    let before = damage(&mut sim, "store-0");
+    assert_eq!(before.len(), 2);
+    sim.settled();
+    assert!(sim.stores["store-0"].replicas.iter().all(|(id, r)| r.born && !before.contains(id)));
+}
+
+#[test]
+fn the_last_copy_is_never_dropped_however_damaged() {
+    let mut sim = Sim::in_use(2, 1);
+    let before = damage(&mut sim, "store-0");
+    sim.settle();
+    let degraded = condition(&sim, "Degraded");
+    assert_eq!(degraded.reason, "ReplicaFault");
+    assert!(degraded.message.contains("checksum mismatch; no other copy"), "{}", degraded.message);
+    assert!(sim.stores["store-0"].replicas.keys().eq(&before));
+}
+
+#[test]
+fn a_damaged_candidate_is_made_again() {
+    let mut sim = Sim::in_use(2, 2);
+    sim.scale(3, 2);
+    let is_candidate = |sim: &Sim| {
+        let t = sim.status.as_ref().expect("committed");
+        t.next.iter().flat_map(View::places).any(|p| p.assignment.store == "store-2" && p.assignment.replica != 0)
+    };
+    while !is_candidate(&sim) {
+        sim.round();
+    }
+    let before = damage(&mut sim, "store-2");
+    assert!(!before.is_empty());
+    sim.settled();
+    assert!(sim.stores["store-2"].replicas.iter().all(|(id, r)| r.born && !before.contains(id)));
+}
+
 #[test]
 fn a_paused_keyspace_stands_still_but_keeps_its_spec() {
     let mut sim = Sim::in_use(2, 1);

@@ -41,6 +41,7 @@ pub(super) struct Replica {
     /// Given-up replicas whose records are taken over here.
     taken_over: BTreeSet<u64>,
     pub(super) fault: String,
+    pub(super) quarantined: bool,
 }
 
 #[derive(Clone, Default)]
@@ -776,6 +777,7 @@ impl Store {
             cleaned_version: r.cleaned,
             candidate: !r.served,
             fault: r.fault.clone(),
+            quarantined: r.quarantined,
             taken_over: r.taken_over.iter().copied().collect(),
             records: r.has.len() as u64,
             sources: t
