@@ -3,4 +3,5 @@
 
 mod changes;
 mod faults;
+mod soak;
 mod up;

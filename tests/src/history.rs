@@ -132,6 +132,19 @@ pub struct Tally {
     pub longest: Duration,
 }
 
+impl Tally {
+    /// Takes in one more.
+    pub fn count(&mut self, event: &Event) {
+        match event.outcome {
+            Outcome::Acknowledged(_) => self.acknowledged += 1,
+            Outcome::Unknown => self.unknown += u64::from(event.is_write()),
+            Outcome::Refused => self.refused += u64::from(event.is_write()),
+            Outcome::Read(_) => self.reads += 1,
+        }
+        self.longest = self.longest.max(event.returned_at.saturating_sub(event.invoked_at));
+    }
+}
+
 impl Event {
     fn is_write(&self) -> bool {
         self.op != Op::Get
@@ -165,15 +178,7 @@ impl History {
     /// How many there are of each kind.
     pub fn tally(&self) -> Tally {
         let mut tally = Tally::default();
-        for event in self.keys.values().flatten() {
-            match event.outcome {
-                Outcome::Acknowledged(_) => tally.acknowledged += 1,
-                Outcome::Unknown => tally.unknown += u64::from(event.is_write()),
-                Outcome::Refused => tally.refused += u64::from(event.is_write()),
-                Outcome::Read(_) => tally.reads += 1,
-            }
-            tally.longest = tally.longest.max(event.returned_at.saturating_sub(event.invoked_at));
-        }
+        self.keys.values().flatten().for_each(|event| tally.count(event));
         tally
     }
 
@@ -188,7 +193,7 @@ impl History {
             let mut stand = |op, stamp| {
                 let outcome = Outcome::Acknowledged(stamp);
                 let client = u32::MAX; // nobody's: it is in no one's order
-                kept.push(Event { client, op, invoked_at: Duration::ZERO, returned_at: at, replica: None, outcome });
+                kept.push(Event { client, op, invoked_at: at, returned_at: at, replica: None, outcome });
             };
             match Kind::of(events) {
                 Some(Kind::Register) => {
@@ -599,7 +604,7 @@ mod tests {
 
     /// One client's events, each a millisecond long, one after another.
     fn history(events: &[(Op, Outcome)]) -> History {
-        let mut history = History::new(Duration::from_secs(1));
+        let mut history = History::new(Duration::from_millis(1));
         for (ms, (op, outcome)) in (0..).step_by(2).zip(events.iter().cloned()) {
             let (invoked_at, returned_at) = (Duration::from_millis(ms), Duration::from_millis(ms + 1));
             let event = Event { client: 1, op, invoked_at, returned_at, replica: Some(7), outcome };

@@ -9,3 +9,5 @@ pub mod history;
 pub mod load;
 pub mod oracle;
 pub mod packages;
+pub mod pinned;
+pub mod soak;
