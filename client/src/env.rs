@@ -1,13 +1,16 @@
-//! Time, randomness and the network, passed in from outside so that a
+//! Time, randomness, the network and threads, passed in from outside so that a
 //! simulation can own them. `tokio::time` serves for waiting; this is for
-//! wall clocks, ids, jitter and connections.
+//! wall clocks, ids, jitter, connections and work that blocks.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use tokio::sync::mpsc;
 use tonic::transport::{Channel, Endpoint};
 
 type Dial = dyn Fn(&str) -> Result<Channel, tonic::transport::Error> + Send + Sync;
+/// How long the next piece of work takes.
+type Pace = dyn Fn() -> Duration + Send + Sync;
 
 /// What a part of Vasto takes from the world. Cheap to clone.
 #[derive(Clone)]
@@ -15,7 +18,14 @@ pub struct Env {
     now_ms: Arc<dyn Fn() -> u64 + Send + Sync>,
     random: Arc<dyn Fn() -> u64 + Send + Sync>,
     dial: Arc<Dial>,
+    /// Where set, all is done on the caller's own thread, and takes so long.
+    inline: Option<Arc<Pace>>,
 }
+
+/// Work that blocked did not end: it panicked.
+#[derive(Clone, Copy, Debug, thiserror::Error)]
+#[error("work on another thread has panicked")]
+pub struct Panicked;
 
 impl Env {
     /// The machine's own clock, random numbers and TCP.
@@ -33,7 +43,58 @@ impl Env {
         random: impl Fn() -> u64 + Send + Sync + 'static,
         dial: impl Fn(&str) -> Result<Channel, tonic::transport::Error> + Send + Sync + 'static,
     ) -> Self {
-        Self { now_ms: Arc::new(now_ms), random: Arc::new(random), dial: Arc::new(dial) }
+        Self { now_ms: Arc::new(now_ms), random: Arc::new(random), dial: Arc::new(dial), inline: None }
+    }
+
+    /// The same on one thread: work that blocks is done where it is asked for, after a wait of `pace`.
+    pub fn on_one_thread(self, pace: impl Fn() -> Duration + Send + Sync + 'static) -> Self {
+        Self { inline: Some(Arc::new(pace)), ..self }
+    }
+
+    /// Whether everything is to run on the caller's thread.
+    pub fn is_on_one_thread(&self) -> bool {
+        self.inline.is_some()
+    }
+
+    /// Waits as long as the next piece of work that is done on the caller's own thread takes.
+    pub async fn pace(&self) {
+        let wait = self.inline.as_ref().map_or(Duration::ZERO, |pace| pace());
+        if !wait.is_zero() {
+            tokio::time::sleep(wait).await;
+        }
+    }
+
+    /// Does work that blocks where it holds up nobody.
+    pub async fn blocking<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> Result<T, Panicked> {
+        if self.is_on_one_thread() {
+            self.pace().await;
+            return Ok(work());
+        }
+        tokio::task::spawn_blocking(work).await.map_err(|_| Panicked)
+    }
+
+    /// Does work that blocks and gives out one thing after another, no faster than `out` takes them. What it is
+    /// handed returns false once nobody takes them any more.
+    pub async fn produce<T: Send + 'static, R: Send + 'static>(
+        &self,
+        out: mpsc::Sender<T>,
+        work: impl FnOnce(&mut dyn FnMut(T) -> bool) -> R + Send + 'static,
+    ) -> Result<R, Panicked> {
+        if self.is_on_one_thread() {
+            self.pace().await;
+            let mut all = Vec::new();
+            let result = work(&mut |item| {
+                all.push(item);
+                true
+            });
+            for item in all {
+                if out.send(item).await.is_err() {
+                    break;
+                }
+            }
+            return Ok(result);
+        }
+        self.blocking(move || work(&mut |item| out.blocking_send(item).is_ok())).await
     }
 
     /// Unix milliseconds by the wall clock.

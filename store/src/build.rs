@@ -3,7 +3,7 @@
 //! from a whole replica's own files. Until its birth is written it begins anew
 //! after any fault.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -13,7 +13,7 @@ use tokio::sync::mpsc;
 use vasto_client::hash::shards_meet;
 use vasto_client::v1::{Position, SnapshotFile, SnapshotRequired, Topology, View};
 
-use crate::engine::{self, Engine, Shared};
+use crate::engine::{self, Batch, Engine, Storage};
 use crate::join::join;
 use crate::keyspace::Keyspace;
 use crate::meta;
@@ -34,7 +34,7 @@ pub struct Building {
     pub shard: u32,
     /// Its folder.
     pub dir: PathBuf,
-    progress: Mutex<HashMap<u64, SourceProgress>>,
+    progress: Mutex<BTreeMap<u64, SourceProgress>>,
 }
 
 impl Building {
@@ -44,7 +44,7 @@ impl Building {
     }
 
     /// What is reported of its sources.
-    pub fn sources(&self) -> HashMap<u64, SourceProgress> {
+    pub fn sources(&self) -> BTreeMap<u64, SourceProgress> {
         self.progress.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone()
     }
 
@@ -54,7 +54,7 @@ impl Building {
     }
 
     /// Builds until the candidate is born. `false`: the topology doesn't name it (any more).
-    pub async fn run(&self, keyspace: &Arc<Keyspace>, shared: &Shared) -> bool {
+    pub async fn run(&self, keyspace: &Arc<Keyspace>, storage: &Arc<dyn Storage>) -> bool {
         let mut updates = keyspace.updates();
         for attempt in 0u32.. {
             let topology = keyspace.topology();
@@ -72,7 +72,7 @@ impl Building {
             let from: Vec<Origin> =
                 groups.iter().map(|members| members[attempt as usize % members.len()].clone()).collect();
             self.progress.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clear();
-            match self.attempt(keyspace, shared, &topology, from).await {
+            match self.attempt(keyspace, storage, &topology, from).await {
                 Ok(()) => return true,
                 Err(error) => {
                     tracing::info!(replica = self.id, shard = self.shard, %error, "the copy begins anew");
@@ -86,7 +86,7 @@ impl Building {
     async fn attempt(
         &self,
         keyspace: &Arc<Keyspace>,
-        shared: &Shared,
+        storage: &Arc<dyn Storage>,
         topology: &Topology,
         from: Vec<Origin>,
     ) -> Result<(), snapshot::Error> {
@@ -99,9 +99,9 @@ impl Building {
         if let [only] = from.as_slice() {
             let mut reader = Reader::new(keyspace.clone(), only.clone(), self.id, true);
             if reader.begin().await?.files {
-                return self.copy_files(keyspace, shared, reader).await;
+                return self.copy_files(keyspace, storage, reader).await;
             }
-            return self.copy_records(keyspace, shared, topology, vec![reader]).await;
+            return self.copy_records(keyspace, storage, topology, vec![reader]).await;
         }
         let mut readers = Vec::new();
         for source in from {
@@ -109,13 +109,13 @@ impl Building {
             reader.begin().await?;
             readers.push(reader);
         }
-        self.copy_records(keyspace, shared, topology, readers).await
+        self.copy_records(keyspace, storage, topology, readers).await
     }
 
     async fn copy_records(
         &self,
         keyspace: &Arc<Keyspace>,
-        shared: &Shared,
+        storage: &Arc<dyn Storage>,
         topology: &Topology,
         readers: Vec<Reader>,
     ) -> Result<(), snapshot::Error> {
@@ -146,9 +146,15 @@ impl Building {
             }));
         }
         let (count, counted) = mpsc::unbounded_channel();
-        let (path, dir, memory) = (self.dir.join("db"), ingest.clone(), shared.clone());
-        let merging = tokio::task::spawn_blocking(move || {
-            let engine = Engine::open(&path, &memory)?;
+        if keyspace.env().is_on_one_thread() {
+            // Nobody could fill the streams while the merger waits.
+            for stream in &mut streams {
+                stream.take_all().await;
+            }
+        }
+        let (path, dir, storage) = (self.dir.join("db"), ingest.clone(), storage.clone());
+        let merging = keyspace.env().blocking(move || {
+            let engine = Engine::open(&path, &*storage)?;
             let files = merge_into_files(&engine, &dir, streams, &count)?;
             Ok::<_, engine::Error>((engine, files))
         });
@@ -172,7 +178,7 @@ impl Building {
         let horizon = done.iter().filter_map(|r| r.start.as_ref()).map(|s| s.horizon).max().unwrap_or(0);
         let birth = Birth { births, positions, clock, seq: BIRTH_SEQ, epoch: keyspace.env().random_id(), horizon };
         let id = self.id;
-        let born = tokio::task::spawn_blocking(move || {
+        let born = keyspace.env().blocking(move || {
             engine.ingest(files)?;
             birth.write(&engine, id)
         });
@@ -192,7 +198,7 @@ impl Building {
     async fn copy_files(
         &self,
         keyspace: &Arc<Keyspace>,
-        shared: &Shared,
+        storage: &Arc<dyn Storage>,
         mut reader: Reader,
     ) -> Result<(), snapshot::Error> {
         let db = self.dir.join("db");
@@ -205,7 +211,7 @@ impl Building {
                 Part::File(part) => {
                     let bytes = part.data.len() as u64;
                     let folder = db.clone();
-                    let written = tokio::task::spawn_blocking(move || append(&folder, &part)).await;
+                    let written = keyspace.env().blocking(move || append(&folder, &part)).await;
                     written.map_err(|e| snapshot::Error::Store(e.to_string()))?.map_err(|e| store(&db, e))?;
                     self.update(source, |s| {
                         s.bytes += bytes;
@@ -217,16 +223,16 @@ impl Building {
             }
         }
         let start = reader.start.clone().unwrap_or_default();
-        let (id, epoch, shared, clock) = (self.id, keyspace.env().random_id(), shared.clone(), reader.clock);
-        let born = tokio::task::spawn_blocking(move || {
-            let engine = Engine::open(&db, &shared)?;
+        let (id, epoch, storage, clock) = (self.id, keyspace.env().random_id(), storage.clone(), reader.clock);
+        let born = keyspace.env().blocking(move || {
+            let engine = Engine::open(&db, &*storage)?;
             let theirs = meta::read(&engine)?;
             // All that the files hold, the source had at this seq.
             let last = engine.last_change()?.unwrap_or(0).max(start.pin);
-            let mut batch = engine.batch();
+            let mut batch = Batch::default();
             batch.forget_life();
             batch.trim_changes(last);
-            engine.write(batch, false)?;
+            engine.write(&batch, false)?;
             let mut positions: BTreeMap<u64, Position> =
                 theirs.positions.into_iter().filter(|p| p.replica != id).map(|p| (p.replica, p)).collect();
             let here = Position { replica: source, epoch: start.epoch, seq: last };
@@ -275,7 +281,7 @@ struct Birth {
 
 impl Birth {
     fn write(self, engine: &Engine, id: u64) -> Result<(), engine::Error> {
-        let mut batch = engine.batch();
+        let mut batch = Batch::default();
         batch.put_id(id);
         batch.put_ceilings(self.clock, self.seq);
         batch.put_horizon(self.horizon);
@@ -288,7 +294,7 @@ impl Birth {
             birth_seq: self.seq,
             births: self.births,
         });
-        engine.write(batch, true)
+        engine.write(&batch, true)
     }
 }
 
@@ -299,13 +305,26 @@ struct Stream {
 }
 
 impl Stream {
+    /// Waits until all has come.
+    async fn take_all(&mut self) {
+        let mut all = Vec::new();
+        while let Some(records) = self.receive.recv().await {
+            all.extend(records);
+        }
+        self.waiting = all.into_iter();
+    }
+
     /// The next record; `None` once the stream has ended. Blocks.
     fn next(&mut self, count: &mpsc::UnboundedSender<(u64, u64, u64)>) -> Option<(Bytes, Record)> {
         loop {
             if let Some(next) = self.waiting.next() {
                 return Some(next);
             }
-            let records = self.receive.blocking_recv()?;
+            let records = match self.receive.try_recv() {
+                Ok(records) => records,
+                Err(mpsc::error::TryRecvError::Disconnected) => return None,
+                Err(mpsc::error::TryRecvError::Empty) => self.receive.blocking_recv()?,
+            };
             let bytes: usize = records.iter().map(|(k, r)| k.len() + r.size()).sum();
             let _ = count.send((self.source, records.len() as u64, bytes as u64));
             self.waiting = records.into_iter();

@@ -29,7 +29,7 @@ pub async fn run(keyspace: &Arc<Keyspace>, replica: &Arc<Replica>, topology: &Ar
             return;
         }
         let (reading, topology_now, from) = (replica.clone(), topology.clone(), after.clone());
-        let found = tokio::task::spawn_blocking(move || foreign(&reading, &topology_now, from.as_deref())).await;
+        let found = keyspace.env().blocking(move || foreign(&reading, &topology_now, from.as_deref())).await;
         let found = match found {
             Ok(Ok(found)) => found,
             Ok(Err(error)) => {

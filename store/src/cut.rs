@@ -5,26 +5,23 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::TcpStream;
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
-use tonic::transport::server::{Connected, TcpConnectInfo};
+use tonic::transport::server::Connected;
 
 /// A connection that fails once it is cut.
-pub struct Cut {
-    stream: TcpStream,
+pub struct Cut<C> {
+    stream: C,
     cut: Pin<Box<WaitForCancellationFutureOwned>>,
 }
 
-impl Cut {
-    /// Until `cut`. What is written leaves at once: a message is all that there is to send.
-    pub fn new(stream: TcpStream, cut: &CancellationToken) -> Self {
-        // Where that can't be, the other side has gone, which reading tells soon.
-        let _ = stream.set_nodelay(true);
+impl<C> Cut<C> {
+    /// Until `cut`.
+    pub fn new(stream: C, cut: &CancellationToken) -> Self {
         Self { stream, cut: Box::pin(cut.clone().cancelled_owned()) }
     }
 }
 
-impl AsyncRead for Cut {
+impl<C: AsyncRead + Unpin> AsyncRead for Cut<C> {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let read = Pin::new(&mut self.stream).poll_read(cx, buffer);
         // A server always comes back to wait for more.
@@ -35,7 +32,7 @@ impl AsyncRead for Cut {
     }
 }
 
-impl AsyncWrite for Cut {
+impl<C: AsyncWrite + Unpin> AsyncWrite for Cut<C> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.stream).poll_write(cx, bytes)
     }
@@ -61,10 +58,10 @@ impl AsyncWrite for Cut {
     }
 }
 
-impl Connected for Cut {
-    type ConnectInfo = TcpConnectInfo;
+impl<C: Connected> Connected for Cut<C> {
+    type ConnectInfo = C::ConnectInfo;
 
-    fn connect_info(&self) -> TcpConnectInfo {
+    fn connect_info(&self) -> C::ConnectInfo {
         self.stream.connect_info()
     }
 }

@@ -4,10 +4,13 @@
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use vasto_client::env::Env;
 use vasto_client::v1::Disk;
+
+use crate::engine::Storage;
 
 /// The layout that this version writes; it reads no newer one.
 const FORMAT: u32 = 1;
@@ -130,11 +133,11 @@ pub fn write_durably(path: &Path, content: &[u8]) -> io::Result<()> {
     }
 }
 
-/// The disk of `path`; `None` where it can't be told.
-pub fn disk(path: &Path) -> Option<Disk> {
-    let disk = nix::sys::statvfs::statvfs(path).ok()?;
-    let bytes = |blocks: u64| blocks * disk.fragment_size();
-    Some(Disk { size_bytes: bytes(disk.blocks()), free_bytes: bytes(disk.blocks_available()) })
+/// What is in a folder, in the order of the names.
+pub fn entries(path: &Path) -> io::Result<Vec<PathBuf>> {
+    let mut found = fs::read_dir(path)?.map(|entry| entry.map(|e| e.path())).collect::<io::Result<Vec<_>>>()?;
+    found.sort();
+    Ok(found)
 }
 
 /// Whether a disk has room for more writes.
@@ -146,13 +149,13 @@ pub fn has_room(disk: &Disk) -> bool {
 }
 
 /// Says whether the disk of `path` has room for more writes; looks at most each 100 ms.
-pub fn disk_watch(path: PathBuf, env: Env) -> impl FnMut() -> bool + Send {
+pub fn disk_watch(path: PathBuf, storage: Arc<dyn Storage>, env: Env) -> impl FnMut() -> bool + Send {
     let (mut looked, mut free) = (0, true);
     move || {
         let now = env.now_ms();
         if now.abs_diff(looked) >= 100 {
             looked = now;
-            free = disk(&path).is_none_or(|disk| has_room(&disk));
+            free = storage.disk(&path).is_none_or(|disk| has_room(&disk));
         }
         free
     }

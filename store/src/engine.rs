@@ -1,25 +1,22 @@
-//! One replica's files: a RocksDB with the column families `records` (each row
-//! with its local seq), `changes` (seq -> key, no value) and `meta`. It knows
-//! bytes and rows, nothing of joins, peers or topologies.
+//! One replica's files: a database with the families `records` (each row with its
+//! local seq), `changes` (seq -> key, no value) and `meta`. It knows bytes and rows,
+//! nothing of joins, peers or topologies.
+//!
+//! The database itself stands behind a small trait: RocksDB, or one in memory that a
+//! simulation can crash.
+
+mod rocks;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
-use rocksdb::{
-    BlockBasedOptions, BottommostLevelCompaction, Cache, ColumnFamily, ColumnFamilyDescriptor, CompactOptions, DB,
-    DBCompressionType, DBRawIterator, DBRecoveryMode, IngestExternalFileOptions, Options, ReadOptions, Snapshot,
-    SstFileWriter, WriteBatch, WriteBufferManager, WriteOptions, compaction_filter::Decision,
-};
-
 use tokio_util::sync::{CancellationToken, DropGuard};
+use vasto_client::v1::Disk;
 
 use crate::record::Record;
-
-const RECORDS: &str = "records";
-const CHANGES: &str = "changes";
-const META: &str = "meta";
+pub use rocks::RocksStorage;
 
 /// A key and a value of `meta`.
 pub type MetaRow = (Vec<u8>, Vec<u8>);
@@ -55,29 +52,7 @@ pub enum Error {
     },
 }
 
-/// What all replicas of a process share: memory bounds.
-#[derive(Clone)]
-pub struct Shared {
-    cache: Cache,
-    write_buffers: WriteBufferManager,
-}
-
-impl Shared {
-    /// `cache_bytes` for blocks and `write_buffer_bytes` for memtables, over all replicas together.
-    pub fn new(cache_bytes: usize, write_buffer_bytes: usize) -> Self {
-        Self {
-            cache: Cache::new_lru_cache(cache_bytes),
-            write_buffers: WriteBufferManager::new_write_buffer_manager(write_buffer_bytes, false),
-        }
-    }
-
-    /// Bytes of the block cache: all, and those in use at this moment.
-    pub fn cache_bytes(&self) -> (u64, u64) {
-        (self.cache.get_usage() as u64, self.cache.get_pinned_usage() as u64)
-    }
-}
-
-/// What RocksDB says of itself, for metrics.
+/// What a database says of itself, for metrics.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Usage {
     /// Memtables, those that are being flushed included.
@@ -104,17 +79,15 @@ pub struct Collection {
 }
 
 impl Collection {
-    fn decide(&self, row: &[u8]) -> Decision {
+    /// Whether compaction may drop this row of `records`.
+    pub fn drops(&self, row: &[u8]) -> bool {
         let horizon = self.horizon.load(Ordering::Acquire);
-        let Some((seq, record)) = split_row(row) else { return Decision::Keep };
+        let Some((seq, record)) = split_row(row) else { return false };
         if horizon == 0 || seq > horizon {
-            return Decision::Keep;
+            return false;
         }
         let expired_before = self.expired_before_ms.load(Ordering::Acquire);
-        match Record::decode(Bytes::copy_from_slice(record)) {
-            Ok(record) if record.may_be_collected(expired_before, 0) => Decision::Remove,
-            _ => Decision::Keep,
-        }
+        Record::decode(Bytes::copy_from_slice(record)).is_ok_and(|r| r.may_be_collected(expired_before, 0))
     }
 }
 
@@ -143,221 +116,253 @@ pub struct Change {
     pub key: Bytes,
 }
 
-/// An open RocksDB. All calls block; none waits for the writer.
+/// Which family a row is in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Family {
+    /// Key -> seq and record.
+    Records,
+    /// Seq -> where it came from and key.
+    Changes,
+    /// What the replica is and where it stands.
+    Meta,
+}
+
+impl Family {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Records, Self::Changes, Self::Meta];
+
+    /// Its name in the files.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Records => "records",
+            Self::Changes => "changes",
+            Self::Meta => "meta",
+        }
+    }
+}
+
+/// One write of a batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Write<'a> {
+    /// This row has this value.
+    Put(Family, &'a [u8], &'a [u8]),
+    /// There is no such row.
+    Delete(Family, &'a [u8]),
+    /// There is no row from the first key on up to the second, which is left.
+    DeleteRange(Family, &'a [u8], &'a [u8]),
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Kind {
+    Put,
+    Delete,
+    DeleteRange,
+}
+
+/// Changes to be written together.
+#[derive(Clone, Debug, Default)]
+pub struct Batch {
+    /// Keys and values, one after the other.
+    bytes: Vec<u8>,
+    /// Of each write: what, where, and where its key and its value end.
+    writes: Vec<(Kind, Family, usize, usize)>,
+}
+
+impl Batch {
+    fn add(&mut self, kind: Kind, family: Family, key: &[&[u8]], value: &[&[u8]]) {
+        key.iter().for_each(|part| self.bytes.extend_from_slice(part));
+        let middle = self.bytes.len();
+        value.iter().for_each(|part| self.bytes.extend_from_slice(part));
+        self.writes.push((kind, family, middle, self.bytes.len()));
+    }
+
+    /// A record's row and its line in `changes`.
+    pub fn put_record(&mut self, key: &[u8], seq: u64, from: u64, encoded: &[u8]) {
+        let seq = seq.to_be_bytes();
+        self.add(Kind::Put, Family::Records, &[key], &[&seq, encoded]);
+        self.add(Kind::Put, Family::Changes, &[&seq], &[&from.to_be_bytes(), key]);
+    }
+
+    /// Deletes a row for good, without a line in `changes`.
+    pub fn delete_row(&mut self, key: &[u8]) {
+        self.add(Kind::Delete, Family::Records, &[key], &[]);
+    }
+
+    /// A row of `meta`.
+    pub fn put_meta(&mut self, key: &[u8], value: &[u8]) {
+        self.add(Kind::Put, Family::Meta, &[key], &[value]);
+    }
+
+    /// Removes a row of `meta`.
+    pub fn delete_meta(&mut self, key: &[u8]) {
+        self.add(Kind::Delete, Family::Meta, &[key], &[]);
+    }
+
+    /// Removes the lines of `changes` up to and with `seq`.
+    pub fn trim_changes(&mut self, seq: u64) {
+        let end = seq.saturating_add(1).to_be_bytes();
+        self.add(Kind::DeleteRange, Family::Changes, &[&0u64.to_be_bytes()], &[&end]);
+    }
+
+    /// All writes, in their order.
+    pub fn writes(&self) -> impl Iterator<Item = Write<'_>> {
+        let mut begin = 0;
+        self.writes.iter().map(move |(kind, family, middle, end)| {
+            let (key, value) = (&self.bytes[begin..*middle], &self.bytes[*middle..*end]);
+            begin = *end;
+            match kind {
+                Kind::Put => Write::Put(*family, key, value),
+                Kind::Delete => Write::Delete(*family, key),
+                Kind::DeleteRange => Write::DeleteRange(*family, key, value),
+            }
+        })
+    }
+
+    /// Bytes so far.
+    pub fn size(&self) -> usize {
+        self.bytes.len()
+    }
+
+    /// Whether nothing was put.
+    pub fn is_empty(&self) -> bool {
+        self.writes.is_empty()
+    }
+}
+
+/// How databases are opened, and what all of a process share: memory bounds, and the disk.
+pub trait Storage: Send + Sync {
+    /// Opens or makes the database in the folder `path`; it asks `collection` what compaction may drop.
+    fn open(&self, path: &Path, collection: Arc<Collection>) -> Result<Box<dyn Database>, Error>;
+
+    /// The disk of `path`; `None` where it can't be told.
+    fn disk(&self, path: &Path) -> Option<Disk>;
+
+    /// Bytes of the block cache: all, and those in use at this moment.
+    fn cache_bytes(&self) -> (u64, u64);
+}
+
+/// Rows at one instant, or as they are now.
+pub trait View {
+    /// Walks the rows of a family from the key `from` on, in key order, until `visit` says false.
+    fn walk(&self, family: Family, from: &[u8], visit: &mut dyn FnMut(&[u8], &[u8]) -> bool) -> Result<(), Error>;
+}
+
+/// An open database. All calls block; no two that write are made at once but `sync`.
+pub trait Database: View + Send + Sync {
+    /// Writes all of the batch or nothing; `sync`: and all that was written so far is on the disk when it returns.
+    fn write(&self, batch: &Batch, sync: bool) -> Result<(), Error>;
+
+    /// What was written before this is on the disk when it returns.
+    fn sync(&self) -> Result<(), Error>;
+
+    /// A row's value.
+    fn get(&self, family: Family, key: &[u8]) -> Result<Option<Bytes>, Error>;
+
+    /// The last row.
+    fn last(&self, family: Family) -> Result<Option<MetaRow>, Error>;
+
+    /// All families at this instant.
+    fn pin(&self) -> Box<dyn View + '_>;
+
+    /// A copy of the files in the new folder `path`, by hard links where it can.
+    fn checkpoint(&self, path: &Path) -> Result<(), Error>;
+
+    /// Starts a sorted file for `ingest`.
+    fn sorted_file(&self, path: PathBuf) -> Result<Box<dyn Sorted + '_>, Error>;
+
+    /// Moves sorted files in as rows of `records`; they take effect together, and are on the disk when it returns.
+    fn ingest(&self, files: Vec<PathBuf>) -> Result<(), Error>;
+
+    /// Drops now what may be dropped.
+    fn compact(&self);
+
+    /// Estimates: records, and bytes of files.
+    fn estimate(&self) -> (u64, u64);
+
+    /// What it says of itself.
+    fn usage(&self) -> Usage;
+
+    /// Stops background work, before the files are deleted.
+    fn cancel(&self);
+}
+
+/// A sorted file of rows, outside the database until it is ingested.
+pub trait Sorted {
+    /// The next row; keys come in order.
+    fn put(&mut self, key: &[u8], value: &[u8]) -> Result<(), Error>;
+
+    /// Bytes written so far.
+    fn size(&self) -> u64;
+
+    /// Ends the file, synced.
+    fn finish(self: Box<Self>) -> Result<PathBuf, Error>;
+}
+
+/// An open replica's database, and the form of its rows. All calls block; none waits for the writer.
 pub struct Engine {
-    db: DB,
+    db: Box<dyn Database>,
     path: PathBuf,
-    options: Options,
     /// What compaction may drop.
     pub collection: Arc<Collection>,
     /// Tells that the database is closed: the last field, so dropped after it.
     closed: DropGuard,
 }
 
-/// Changes to be written together.
-pub struct Batch<'a> {
-    engine: &'a Engine,
-    batch: WriteBatch,
-}
-
-impl Batch<'_> {
-    /// A record's row and its line in `changes`.
-    pub fn put_record(&mut self, key: &[u8], seq: u64, from: u64, encoded: &[u8]) {
-        let mut row = Vec::with_capacity(8 + encoded.len());
-        row.extend_from_slice(&seq.to_be_bytes());
-        row.extend_from_slice(encoded);
-        self.batch.put_cf(self.engine.cf(RECORDS), key, row);
-        let mut line = Vec::with_capacity(8 + key.len());
-        line.extend_from_slice(&from.to_be_bytes());
-        line.extend_from_slice(key);
-        self.batch.put_cf(self.engine.cf(CHANGES), seq.to_be_bytes(), line);
-    }
-
-    /// Deletes a row for good, without a line in `changes`.
-    pub fn delete_row(&mut self, key: &[u8]) {
-        self.batch.delete_cf(self.engine.cf(RECORDS), key);
-    }
-
-    /// A row of `meta`.
-    pub fn put_meta(&mut self, key: &[u8], value: &[u8]) {
-        self.batch.put_cf(self.engine.cf(META), key, value);
-    }
-
-    /// Removes a row of `meta`.
-    pub fn delete_meta(&mut self, key: &[u8]) {
-        self.batch.delete_cf(self.engine.cf(META), key);
-    }
-
-    /// Removes the lines of `changes` up to and with `seq`.
-    pub fn trim_changes(&mut self, seq: u64) {
-        let end = seq.saturating_add(1).to_be_bytes();
-        self.batch.delete_range_cf(self.engine.cf(CHANGES), 0u64.to_be_bytes(), end);
-    }
-
-    /// Bytes so far.
-    pub fn size(&self) -> usize {
-        self.batch.size_in_bytes()
-    }
-
-    /// Whether nothing was put.
-    pub fn is_empty(&self) -> bool {
-        self.batch.is_empty()
-    }
-}
-
 impl Engine {
     /// Opens or makes the database in `path`.
-    pub fn open(path: &Path, shared: &Shared) -> Result<Self, Error> {
+    pub fn open(path: &Path, storage: &dyn Storage) -> Result<Self, Error> {
         let collection = Arc::new(Collection::default());
-        let mut options = Options::default();
-        options.create_if_missing(true);
-        options.create_missing_column_families(true);
-        // The log may end in a torn write; what comes before it is whole.
-        options.set_wal_recovery_mode(DBRecoveryMode::PointInTime);
-        options.set_write_buffer_manager(&shared.write_buffers);
-        options.set_max_background_jobs(2);
-        options.set_max_total_wal_size(128 << 20);
-        options.set_keep_log_file_num(2);
-        options.set_max_log_file_size(4 << 20);
-        options.set_bytes_per_sync(1 << 20);
-        options.set_max_open_files(512);
-        options.set_stats_dump_period_sec(0);
-
-        let records = Self::records_options(shared, Some(collection.clone()));
-        let mut changes = Options::default();
-        changes.set_write_buffer_size(8 << 20);
-        changes.set_compression_type(DBCompressionType::Lz4);
-        changes.set_block_based_table_factory(&table(shared, false));
-        let mut meta = Options::default();
-        meta.set_write_buffer_size(1 << 20);
-        meta.set_block_based_table_factory(&table(shared, false));
-
-        let families = [
-            // Unused; but the log's files are allocated ahead by the greatest write buffer of all.
-            ColumnFamilyDescriptor::new("default", meta.clone()),
-            ColumnFamilyDescriptor::new(RECORDS, records),
-            ColumnFamilyDescriptor::new(CHANGES, changes),
-            ColumnFamilyDescriptor::new(META, meta),
-        ];
-        let db = DB::open_cf_descriptors(&options, path, families)
-            .map_err(|source| Error::Rocks { path: path.to_owned(), source })?;
-        let options = Self::records_options(shared, None);
-        Ok(Self { db, path: path.to_owned(), options, collection, closed: CancellationToken::new().drop_guard() })
-    }
-
-    fn records_options(shared: &Shared, collection: Option<Arc<Collection>>) -> Options {
-        let mut records = Options::default();
-        records.set_write_buffer_size(16 << 20);
-        records.set_max_write_buffer_number(3);
-        records.set_level_compaction_dynamic_level_bytes(true);
-        records.set_compression_type(DBCompressionType::Lz4);
-        records.set_bottommost_compression_type(DBCompressionType::Zstd);
-        records.set_block_based_table_factory(&table(shared, true));
-        if let Some(collection) = collection {
-            records.set_compaction_filter("vasto.collection", move |_, _, row| collection.decide(row));
-        }
-        records
-    }
-
-    fn cf(&self, name: &'static str) -> &ColumnFamily {
-        // The families are made when the database is opened and never dropped.
-        #[allow(clippy::expect_used)]
-        self.db.cf_handle(name).expect("a column family made at open")
-    }
-
-    fn rocks(&self) -> impl Fn(rocksdb::Error) -> Error + use<> {
-        let path = self.path.clone();
-        move |source| Error::Rocks { path: path.clone(), source }
-    }
-
-    /// An empty batch.
-    pub fn batch(&self) -> Batch<'_> {
-        Batch { engine: self, batch: WriteBatch::default() }
+        let db = storage.open(path, collection.clone())?;
+        Ok(Self { db, path: path.to_owned(), collection, closed: CancellationToken::new().drop_guard() })
     }
 
     /// Writes all of the batch or nothing; `sync`: and syncs the log before it returns.
-    pub fn write(&self, batch: Batch<'_>, sync: bool) -> Result<(), Error> {
-        let mut options = WriteOptions::default();
-        options.set_sync(sync);
-        self.db.write_opt(batch.batch, &options).map_err(self.rocks())
+    pub fn write(&self, batch: &Batch, sync: bool) -> Result<(), Error> {
+        self.db.write(batch, sync)
     }
 
     /// Syncs the log: all that was written before survives the machine.
     pub fn sync(&self) -> Result<(), Error> {
-        self.db.flush_wal(true).map_err(self.rocks())
+        self.db.sync()
     }
 
     /// A record's row.
     pub fn row(&self, key: &[u8]) -> Result<Option<Row>, Error> {
-        let Some(row) = self.db.get_pinned_cf(self.cf(RECORDS), key).map_err(self.rocks())? else {
-            return Ok(None);
-        };
-        self.to_row(&row).map(Some)
+        let Some(row) = self.db.get(Family::Records, key)? else { return Ok(None) };
+        let Some((seq, _)) = split_row(&row) else { return Err(self.malformed(Family::Records, row.len())) };
+        Ok(Some(Row { seq, record: row.slice(8..) }))
     }
 
-    fn to_row(&self, row: &[u8]) -> Result<Row, Error> {
-        match split_row(row) {
-            Some((seq, record)) => Ok(Row { seq, record: Bytes::copy_from_slice(record) }),
-            None => Err(Error::Row { path: self.path.clone(), what: RECORDS, len: row.len() }),
-        }
+    fn malformed(&self, family: Family, len: usize) -> Error {
+        Error::Row { path: self.path.clone(), what: family.name(), len }
     }
 
     /// The rows of `meta` whose key begins with `prefix`, in order.
     pub fn metas(&self, prefix: &[u8]) -> Result<Vec<MetaRow>, Error> {
-        self.metas_at(prefix, None)
-    }
-
-    fn metas_at(&self, prefix: &[u8], at: Option<&Snapshot<'_>>) -> Result<Vec<MetaRow>, Error> {
-        let mut options = ReadOptions::default();
-        if let Some(at) = at {
-            options.set_snapshot(at);
-        }
-        let mut found = Vec::new();
-        let mut rows = self.db.raw_iterator_cf_opt(self.cf(META), options);
-        rows.seek(prefix);
-        while let Some((key, value)) = rows.item() {
-            if !key.starts_with(prefix) {
-                break;
-            }
-            found.push((key.to_vec(), value.to_vec()));
-            rows.next();
-        }
-        rows.status().map_err(self.rocks())?;
-        Ok(found)
+        metas(&*self.db, prefix)
     }
 
     /// Up to `limit` lines of `changes` after `seq`, in order.
     pub fn changes(&self, seq: u64, limit: usize) -> Result<Vec<Change>, Error> {
-        let mut lines = self.db.raw_iterator_cf(self.cf(CHANGES));
-        lines.seek(seq.saturating_add(1).to_be_bytes());
-        let mut found = Vec::new();
-        while found.len() < limit {
-            let Some((key, value)) = lines.item() else { break };
-            found.push(self.to_change(key, value)?);
-            lines.next();
-        }
-        lines.status().map_err(self.rocks())?;
-        Ok(found)
-    }
-
-    fn to_change(&self, key: &[u8], value: &[u8]) -> Result<Change, Error> {
-        match (<[u8; 8]>::try_from(key), value.split_first_chunk::<8>()) {
-            (Ok(seq), Some((from, changed))) => Ok(Change {
-                seq: u64::from_be_bytes(seq),
-                from: u64::from_be_bytes(*from),
-                key: Bytes::copy_from_slice(changed),
-            }),
-            _ => Err(Error::Row { path: self.path.clone(), what: CHANGES, len: value.len() }),
-        }
+        let (mut found, mut malformed) = (Vec::new(), None);
+        self.db.walk(Family::Changes, &seq.saturating_add(1).to_be_bytes(), &mut |key, value| {
+            if found.len() == limit {
+                return false;
+            }
+            match to_change(key, value) {
+                Some(change) => found.push(change),
+                None => malformed = Some(value.len()),
+            }
+            malformed.is_none()
+        })?;
+        malformed.map_or(Ok(found), |len| Err(self.malformed(Family::Changes, len)))
     }
 
     /// The last line's seq.
     pub fn last_change(&self) -> Result<Option<u64>, Error> {
-        let mut lines = self.db.raw_iterator_cf(self.cf(CHANGES));
-        lines.seek_to_last();
-        let last = lines.item().map(|(key, value)| self.to_change(key, value)).transpose()?;
-        lines.status().map_err(self.rocks())?;
-        Ok(last.map(|c| c.seq))
+        let Some((key, value)) = self.db.last(Family::Changes)? else { return Ok(None) };
+        let change = to_change(&key, &value).ok_or_else(|| self.malformed(Family::Changes, value.len()))?;
+        Ok(Some(change.seq))
     }
 
     /// Walks the rows after `after` (or from `start`) in key order as they are now, until `visit` says false.
@@ -367,93 +372,63 @@ impl Engine {
         after: Option<&[u8]>,
         visit: impl FnMut(&[u8], u64, &[u8]) -> bool,
     ) -> Result<(), Error> {
-        let mut options = ReadOptions::default();
-        options.set_readahead_size(1 << 20);
-        self.walk(self.db.raw_iterator_cf_opt(self.cf(RECORDS), options), start, after, visit)
+        self.walk(&*self.db, start, after, visit)
     }
 
     fn walk(
         &self,
-        mut rows: DBRawIterator<'_>,
+        view: &(impl View + ?Sized),
         start: &[u8],
         after: Option<&[u8]>,
         mut visit: impl FnMut(&[u8], u64, &[u8]) -> bool,
     ) -> Result<(), Error> {
-        rows.seek(after.unwrap_or(start));
-        if after.is_some() && rows.key() == after {
-            rows.next();
-        }
-        while let Some((key, row)) = rows.item() {
-            let Some((seq, record)) = split_row(row) else {
-                return Err(Error::Row { path: self.path.clone(), what: RECORDS, len: row.len() });
-            };
-            if !visit(key, seq, record) {
-                return Ok(());
+        let mut malformed = None;
+        view.walk(Family::Records, after.unwrap_or(start), &mut |key, row| {
+            if after == Some(key) {
+                return true;
             }
-            rows.next();
-        }
-        rows.status().map_err(self.rocks())
+            let Some((seq, record)) = split_row(row) else {
+                malformed = Some(row.len());
+                return false;
+            };
+            visit(key, seq, record)
+        })?;
+        malformed.map_or(Ok(()), |len| Err(self.malformed(Family::Records, len)))
     }
 
-    /// A view of all column families at this instant.
+    /// A view of all families at this instant.
     pub fn pin(&self) -> Pin<'_> {
-        Pin { engine: self, snapshot: self.db.snapshot() }
+        Pin { engine: self, view: self.db.pin() }
     }
 
     /// A copy of the files in the new folder `path`, by hard links where it can.
     pub fn checkpoint(&self, path: &Path) -> Result<(), Error> {
-        rocksdb::checkpoint::Checkpoint::new(&self.db).and_then(|c| c.create_checkpoint(path)).map_err(self.rocks())
+        self.db.checkpoint(path)
     }
 
     /// Starts a sorted file for `ingest`; keys must come in order.
     pub fn sorted_file(&self, path: PathBuf) -> Result<SortedFile<'_>, Error> {
-        let writer = SstFileWriter::create(&self.options);
-        writer.open(&path).map_err(self.rocks())?;
-        Ok(SortedFile { engine: self, writer, path })
+        Ok(SortedFile { file: self.db.sorted_file(path)?, row: Vec::new() })
     }
 
     /// Moves sorted files of rows in; they take effect together.
     pub fn ingest(&self, files: Vec<PathBuf>) -> Result<(), Error> {
-        if files.is_empty() {
-            return Ok(());
-        }
-        let mut options = IngestExternalFileOptions::default();
-        options.set_move_files(true);
-        self.db.ingest_external_file_cf_opts(self.cf(RECORDS), &options, files).map_err(self.rocks())
+        if files.is_empty() { Ok(()) } else { self.db.ingest(files) }
     }
 
     /// Compacts all, so that what may be collected goes now.
-    pub fn compact(&self) -> Result<(), Error> {
-        let mut options = CompactOptions::default();
-        options.set_bottommost_level_compaction(BottommostLevelCompaction::Force);
-        for name in [RECORDS, CHANGES] {
-            self.db.compact_range_cf_opt(self.cf(name), None::<&[u8]>, None::<&[u8]>, &options);
-        }
-        Ok(())
+    pub fn compact(&self) {
+        self.db.compact();
     }
 
     /// Estimates: records, and bytes of files.
     pub fn estimate(&self) -> (u64, u64) {
-        let cf = self.cf(RECORDS);
-        let int = |name: &str| self.db.property_int_value_cf(cf, name).ok().flatten().unwrap_or(0);
-        (int("rocksdb.estimate-num-keys"), int("rocksdb.live-sst-files-size") + int("rocksdb.cur-size-all-mem-tables"))
+        self.db.estimate()
     }
 
-    /// What RocksDB says of itself, over all column families.
+    /// What the database says of itself, over all families.
     pub fn usage(&self) -> Usage {
-        let families = [RECORDS, CHANGES, META].map(|name| self.cf(name));
-        let sum = |property: &str| -> u64 {
-            families.iter().filter_map(|cf| self.db.property_int_value_cf(*cf, property).ok().flatten()).sum()
-        };
-        let whole = |property: &str| self.db.property_int_value(property).ok().flatten().unwrap_or(0);
-        Usage {
-            memtable_bytes: sum("rocksdb.cur-size-all-mem-tables"),
-            sst_bytes: sum("rocksdb.live-sst-files-size"),
-            pending_compaction_bytes: sum("rocksdb.estimate-pending-compaction-bytes"),
-            l0_files: sum("rocksdb.num-files-at-level0"),
-            running_compactions: whole("rocksdb.num-running-compactions"),
-            running_flushes: whole("rocksdb.num-running-flushes"),
-        }
+        self.db.usage()
     }
 
     /// Cancelled once the database is closed, when nobody uses this any more.
@@ -463,70 +438,96 @@ impl Engine {
 
     /// Stops background work, before the files are deleted.
     pub fn cancel(&self) {
-        self.db.cancel_all_background_work(true);
+        self.db.cancel();
     }
+}
+
+fn to_change(key: &[u8], value: &[u8]) -> Option<Change> {
+    let (from, changed) = value.split_first_chunk::<8>()?;
+    Some(Change {
+        seq: u64::from_be_bytes(key.try_into().ok()?),
+        from: u64::from_be_bytes(*from),
+        key: Bytes::copy_from_slice(changed),
+    })
+}
+
+fn metas(view: &(impl View + ?Sized), prefix: &[u8]) -> Result<Vec<MetaRow>, Error> {
+    let mut found = Vec::new();
+    view.walk(Family::Meta, prefix, &mut |key, value| {
+        let within = key.starts_with(prefix);
+        if within {
+            found.push((key.to_vec(), value.to_vec()));
+        }
+        within
+    })?;
+    Ok(found)
 }
 
 /// A view of the database at one instant.
 pub struct Pin<'a> {
     engine: &'a Engine,
-    snapshot: Snapshot<'a>,
+    view: Box<dyn View + 'a>,
 }
 
 impl Pin<'_> {
     /// As `Engine::rows`, at this instant.
     pub fn rows(&self, after: Option<&[u8]>, visit: impl FnMut(&[u8], u64, &[u8]) -> bool) -> Result<(), Error> {
-        let mut options = ReadOptions::default();
-        options.set_readahead_size(1 << 20);
-        options.fill_cache(false);
-        options.set_snapshot(&self.snapshot);
-        let rows = self.engine.db.raw_iterator_cf_opt(self.engine.cf(RECORDS), options);
-        self.engine.walk(rows, b"", after, visit)
+        self.engine.walk(&*self.view, b"", after, visit)
     }
 
     /// As `Engine::metas`, at this instant.
     pub fn metas(&self, prefix: &[u8]) -> Result<Vec<MetaRow>, Error> {
-        self.engine.metas_at(prefix, Some(&self.snapshot))
+        metas(&*self.view, prefix)
     }
 }
 
-/// A sorted file of rows, outside the database until it is ingested.
+/// A sorted file of records' rows.
 pub struct SortedFile<'a> {
-    engine: &'a Engine,
-    writer: SstFileWriter<'a>,
-    path: PathBuf,
+    file: Box<dyn Sorted + 'a>,
+    row: Vec<u8>,
 }
 
 impl SortedFile<'_> {
     /// The next row, in key order.
     pub fn put(&mut self, key: &[u8], seq: u64, encoded: &[u8]) -> Result<(), Error> {
-        let mut row = Vec::with_capacity(8 + encoded.len());
-        row.extend_from_slice(&seq.to_be_bytes());
-        row.extend_from_slice(encoded);
-        self.writer.put(key, row).map_err(self.engine.rocks())
+        self.row.clear();
+        self.row.extend_from_slice(&seq.to_be_bytes());
+        self.row.extend_from_slice(encoded);
+        self.file.put(key, &self.row)
     }
 
     /// Bytes written so far.
     pub fn size(&self) -> u64 {
-        self.writer.file_size()
+        self.file.size()
     }
 
     /// Ends the file, synced.
-    pub fn finish(mut self) -> Result<PathBuf, Error> {
-        self.writer.finish().map_err(self.engine.rocks())?;
-        Ok(self.path)
+    pub fn finish(self) -> Result<PathBuf, Error> {
+        self.file.finish()
     }
 }
 
-fn table(shared: &Shared, filter: bool) -> BlockBasedOptions {
-    let mut table = BlockBasedOptions::default();
-    table.set_block_cache(&shared.cache);
-    table.set_cache_index_and_filter_blocks(true);
-    table.set_pin_l0_filter_and_index_blocks_in_cache(true);
-    table.set_format_version(5);
-    if filter {
-        table.set_bloom_filter(10.0, false);
-        table.set_optimize_filters_for_memory(true);
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_batch_gives_back_what_was_put() {
+        let mut batch = Batch::default();
+        assert!(batch.is_empty());
+        batch.put_record(b"key", 7, 3, b"record");
+        batch.put_meta(b"", b"");
+        batch.delete_row(b"gone");
+        batch.trim_changes(4);
+        let (seq, from) = (7u64.to_be_bytes(), 3u64.to_be_bytes());
+        let (row, line) = ([&seq[..], b"record"].concat(), [&from[..], b"key"].concat());
+        let expected = [
+            Write::Put(Family::Records, b"key", &row),
+            Write::Put(Family::Changes, &seq, &line),
+            Write::Put(Family::Meta, b"", b""),
+            Write::Delete(Family::Records, b"gone"),
+            Write::DeleteRange(Family::Changes, &[0; 8], &5u64.to_be_bytes()),
+        ];
+        assert_eq!(batch.writes().collect::<Vec<_>>(), expected);
     }
-    table
 }

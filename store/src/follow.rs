@@ -193,7 +193,7 @@ async fn send(
             return;
         }
         let (engine, ids, origin) = (replica.engine.clone(), (replica.id, start.follower), start.origin);
-        let read = tokio::task::spawn_blocking(move || page(&engine, &topology, ids, origin, seq, last_seq)).await;
+        let read = keyspace.env().blocking(move || page(&engine, &topology, ids, origin, seq, last_seq)).await;
         let page = match read {
             Ok(Ok(page)) => page,
             Ok(Err(error)) => {

@@ -47,8 +47,8 @@ impl Host {
         let dir = Arc::new(dir);
         let mut keyspaces = BTreeMap::new();
         let mut unopened = Vec::new();
-        let entries = std::fs::read_dir(dir.keyspaces()).into_iter().flatten().flatten();
-        let names = entries.filter_map(|entry| entry.file_name().into_string().ok());
+        let entries = dir::entries(&dir.keyspaces()).unwrap_or_default();
+        let names = entries.into_iter().filter_map(|entry| entry.file_name()?.to_str().map(str::to_owned));
         // With a dot: retained after a deletion, or a file half written.
         let (own, foreign): (Vec<_>, Vec<_>) =
             names.filter(|uid| !uid.contains('.')).partition(|uid| only.is_none_or(|only| only == uid));
@@ -127,7 +127,7 @@ impl Host {
 
     /// Bytes of the block cache: all, and those in use at this moment.
     pub fn cache_bytes(&self) -> (u64, u64) {
-        self.context.shared.cache_bytes()
+        self.context.storage.cache_bytes()
     }
 
     /// Rung when something that is reported has changed.
@@ -197,7 +197,7 @@ impl Host {
         let now = self.context.env.now_ms();
         let mut seen = self.disk.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         if seen.1.is_none() || now.abs_diff(seen.0) >= DISK_MS {
-            *seen = (now, dir::disk(&self.dir.keyspaces()));
+            *seen = (now, self.context.storage.disk(&self.dir.keyspaces()));
         }
         seen.1
     }

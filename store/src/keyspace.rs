@@ -1,7 +1,7 @@
 //! One keyspace on this store: its topology, and the replicas that it makes,
 //! opens, feeds, fences, cleans and drops because the topology says so.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, RwLock};
@@ -18,7 +18,7 @@ use vasto_client::v1::{KeyspaceReport, KeyspaceUpdate, Phase, ReplicaReport, Sou
 
 use crate::build::Building;
 use crate::collect::Collector;
-use crate::dir::{Dir, write_durably};
+use crate::dir::{self, Dir, write_durably};
 use crate::merge::Limits;
 use crate::replica::{Context, Replica, Settings, SourceProgress};
 use crate::{clean, follow, snapshot};
@@ -128,12 +128,7 @@ impl Keyspace {
             Err(e) => return Err(fail(e.to_string())),
         }
         let replicas = keyspace.dir.keyspace(uid).join("replicas");
-        let entries = match std::fs::read_dir(&replicas) {
-            Ok(entries) => entries,
-            Err(_) => return Ok(keyspace),
-        };
-        for entry in entries.flatten() {
-            let dir = entry.path();
+        for dir in dir::entries(&replicas).unwrap_or_default() {
             match Replica::name(&dir) {
                 Ok((id, shard, _)) => keyspace.take_up(id, shard, dir),
                 // Its making or its dropping was cut short: nothing in it was ever used, or is any longer.
@@ -284,13 +279,13 @@ impl Keyspace {
         }
         let path = self.file();
         let encoded = update.encode_to_vec();
-        let persisted = tokio::task::spawn_blocking(move || {
+        let persisted = self.env().blocking(move || {
             if let Some(folder) = path.parent() {
                 std::fs::create_dir_all(folder)?;
             }
             write_durably(&path, &encoded)
-        })
-        .await;
+        });
+        let persisted = persisted.await;
         match persisted {
             Ok(Ok(())) => {}
             Ok(Err(error)) => {
@@ -330,7 +325,7 @@ impl Keyspace {
             self.delete_folder(topology.retain);
             return;
         }
-        let named: HashSet<u64> =
+        let named: BTreeSet<u64> =
             topology.views().flat_map(View::places).map(|p| p.assignment.replica).filter(|id| *id != 0).collect();
         for drop in topology.drops.iter().filter(|d| d.store == self.store && !named.contains(&d.replica)) {
             self.remove(drop.replica, false).await;
@@ -439,11 +434,11 @@ impl Keyspace {
     }
 
     async fn build(self: Arc<Self>, building: Arc<Building>) {
-        if !building.run(&self, &self.context.shared).await {
+        if !building.run(&self, &self.context.storage).await {
             return;
         }
         let (keyspace, dir) = (self.clone(), building.dir.clone());
-        let opened = tokio::task::spawn_blocking(move || keyspace.open_replica(&dir)).await;
+        let opened = self.env().blocking(move || keyspace.open_replica(&dir)).await;
         // A topology may come in between opening and inserting: with its turn taken, none does.
         let _turn = self.installing.lock().await;
         let slot = match opened {
@@ -479,8 +474,8 @@ impl Keyspace {
         let (keyspace, follower) = (self.clone(), replica.clone());
         member.spawn(async move {
             let mut updates = keyspace.updates();
-            let mut following: HashMap<(u64, String), tokio_util::task::AbortOnDropHandle<()>> = HashMap::new();
-            let mut taking = HashMap::new();
+            let mut following: BTreeMap<(u64, String), tokio_util::task::AbortOnDropHandle<()>> = BTreeMap::new();
+            let mut taking = BTreeMap::new();
             loop {
                 let topology = keyspace.topology();
                 updates.mark_unchanged();
@@ -492,7 +487,7 @@ impl Keyspace {
                     });
                 }
                 taking.retain(|(id, _), _| topology.is_given_up(*id));
-                let wanted: HashSet<(u64, String)> = topology
+                let wanted: BTreeSet<(u64, String)> = topology
                     .sources(follower.id)
                     .iter()
                     .map(|p| (p.assignment.replica, p.assignment.store.clone()))
@@ -520,7 +515,7 @@ impl Keyspace {
                 // In a change, others wait for what is confirmed as synced.
                 tokio::time::sleep(Duration::from_millis(if changing { 50 } else { 1_000 })).await;
                 let synced = replica.clone();
-                let _ = tokio::task::spawn_blocking(move || synced.sync()).await;
+                let _ = keyspace.env().blocking(move || synced.sync()).await;
                 collector.step(&keyspace, &replica).await;
             }
         });
@@ -530,12 +525,12 @@ impl Keyspace {
     async fn remove(&self, id: u64, retain: bool) {
         let Some(member) = self.members_mut().remove(&id) else { return };
         tracing::info!(keyspace = self.uid, replica = format!("{id:016x}"), retain, "dropping a replica");
-        member.end().await;
+        member.end(self.env()).await;
         let dir = self.dir.replica(&self.uid, id);
         if !retain {
             // Its name first: a folder without one is removed at the next start.
             let _ = std::fs::remove_file(dir.join("replica.json"));
-            let _ = tokio::task::spawn_blocking(move || std::fs::remove_dir_all(dir)).await;
+            let _ = self.env().blocking(move || std::fs::remove_dir_all(dir)).await;
         }
         self.context.changed.notify_one();
     }
@@ -597,7 +592,7 @@ impl Keyspace {
         self.stop.cancel();
         let members = std::mem::take(&mut *self.members_mut());
         for (_, member) in members {
-            member.end().await;
+            member.end(self.env()).await;
         }
     }
 
@@ -649,14 +644,14 @@ impl Member {
         });
     }
 
-    async fn end(self) {
+    async fn end(self, env: &Env) {
         self.stop.cancel();
         self.tasks.close();
         self.tasks.wait().await;
         if let Slot::Open(replica) = &self.slot {
             replica.stop().await;
             let engine = replica.engine.clone();
-            let _ = tokio::task::spawn_blocking(move || engine.cancel()).await;
+            let _ = env.blocking(move || engine.cancel()).await;
         }
     }
 }

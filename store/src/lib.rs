@@ -12,7 +12,7 @@ mod build;
 mod clean;
 mod collect;
 mod cut;
-mod engine;
+pub mod engine;
 mod follow;
 mod host;
 mod keyspace;
@@ -28,17 +28,21 @@ mod writer;
 #[cfg(test)]
 mod tests;
 
+use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures::StreamExt;
+use futures::{Stream, StreamExt};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpListener;
 use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
+use tonic::transport::server::Connected;
 use vasto_client::env::Env;
 use vasto_client::v1::{peer_server::PeerServer, store_server::StoreServer};
 
+use engine::Storage;
 pub use metrics::Monitor;
 
 /// No message is larger, either way.
@@ -102,16 +106,32 @@ pub enum Error {
 /// A folder that is in use, of a newer format, another store's or not writable
 /// is an error before anything is served.
 pub async fn serve(options: Options, env: Env, listener: TcpListener, stop: CancellationToken) -> Result<(), Error> {
+    let storage = Arc::new(engine::RocksStorage::new(options.cache_bytes, options.write_buffer_bytes));
+    let address = listener.local_addr()?.to_string();
+    let options = Options { advertise: options.advertise.or(Some(address)), ..options };
+    let connections = TcpListenerStream::new(listener).inspect(|connection| {
+        // A message is all that there is to send.
+        if let Ok(connection) = connection {
+            let _ = connection.set_nodelay(true);
+        }
+    });
+    serve_on(options, env, storage, connections, stop).await
+}
+
+/// The same for connections of any kind, and databases of any kind; `options.advertise` says where it is reached.
+pub async fn serve_on<C>(
+    options: Options,
+    env: Env,
+    storage: Arc<dyn Storage>,
+    connections: impl Stream<Item = io::Result<C>>,
+    stop: CancellationToken,
+) -> Result<(), Error>
+where
+    C: AsyncRead + AsyncWrite + Connected + Unpin + Send + 'static,
+{
     let dir = dir::Dir::open(&options.data, &options.name)?;
-    let address = match options.advertise {
-        Some(address) => address,
-        None => listener.local_addr()?.to_string(),
-    };
-    let context = replica::Context {
-        shared: engine::Shared::new(options.cache_bytes, options.write_buffer_bytes),
-        env: env.clone(),
-        changed: Arc::new(tokio::sync::Notify::new()),
-    };
+    let address = options.advertise.clone().unwrap_or_default();
+    let context = replica::Context { storage, env: env.clone(), changed: Arc::new(tokio::sync::Notify::new()) };
     let host = host::Host::open(&options.name, options.only.as_deref(), address.clone(), dir, context);
     tracing::info!(store = options.name, address, data = %options.data.display(), "serving");
     host.resume().await;
@@ -123,7 +143,7 @@ pub async fn serve(options: Options, env: Env, listener: TcpListener, stop: Canc
     let learning = tokio_util::task::AbortOnDropHandle::new(tokio::spawn(host.clone().learn_from_peers()));
     let server = server::Server::new(host.clone(), env, options.monitor.counts());
     let cut = CancellationToken::new();
-    let incoming = TcpListenerStream::new(listener).map(|stream| stream.map(|stream| cut::Cut::new(stream, &cut)));
+    let incoming = connections.map(|c| c.map(|connection| cut::Cut::new(connection, &cut)));
     let serving = tonic::transport::Server::builder()
         .initial_stream_window_size(4 << 20)
         .initial_connection_window_size(16 << 20)

@@ -102,7 +102,7 @@ fn to_positions(rows: Vec<MetaRow>) -> Vec<Position> {
 }
 
 /// What is put into `meta`, each with the records it belongs to.
-impl Batch<'_> {
+impl Batch {
     /// A replica's id; once.
     pub fn put_id(&mut self, id: u64) {
         self.put_meta(ID, &id.to_be_bytes());

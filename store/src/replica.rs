@@ -1,7 +1,7 @@
 //! A replica: its folder, its engine, its writer's queue, and what others may
 //! see of how far it has come. Opening one decides its life: origin, clock and seq.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
@@ -12,7 +12,7 @@ use vasto_client::env::Env;
 use vasto_client::v1::{FailureCode, Position, SnapshotRequired, Topology};
 
 use crate::clock::Clock;
-use crate::engine::{self, Engine, Shared};
+use crate::engine::{self, Batch, Engine, Storage};
 use crate::merge::Limits;
 use crate::meta::{self, Fence};
 use crate::record::Stamp;
@@ -95,13 +95,13 @@ pub struct SourceProgress {
 
 struct State {
     birth: SnapshotRequired,
-    applied: HashMap<u64, Position>,
-    synced: HashMap<u64, Position>,
+    applied: BTreeMap<u64, Position>,
+    synced: BTreeMap<u64, Position>,
     /// By the followers of this replica, in its own seqs.
-    confirmed_by: HashMap<u64, u64>,
+    confirmed_by: BTreeMap<u64, u64>,
     /// How many open `Follow` streams each follower has here.
-    following: HashMap<u64, usize>,
-    sources: HashMap<u64, SourceProgress>,
+    following: BTreeMap<u64, usize>,
+    sources: BTreeMap<u64, SourceProgress>,
     fence: Fence,
     cleaned: u64,
     todo: u64,
@@ -179,7 +179,7 @@ impl Progress {
         state.sources.remove(&source);
     }
     /// All applied positions.
-    pub fn positions(&self) -> HashMap<u64, Position> {
+    pub fn positions(&self) -> BTreeMap<u64, Position> {
         self.state().applied.clone()
     }
     /// The synced position in this source.
@@ -191,7 +191,7 @@ impl Progress {
         let applied = self.positions();
         self.mark_synced(applied);
     }
-    fn mark_synced(&self, positions: HashMap<u64, Position>) {
+    fn mark_synced(&self, positions: BTreeMap<u64, Position>) {
         let mut state = self.state();
         if state.synced != positions {
             state.synced = positions;
@@ -298,7 +298,7 @@ impl Progress {
         change(self.state().sources.entry(source).or_default());
     }
     /// What is reported of the sources.
-    pub fn sources(&self) -> HashMap<u64, SourceProgress> {
+    pub fn sources(&self) -> BTreeMap<u64, SourceProgress> {
         self.state().sources.clone()
     }
     /// The replica takes no more writes; a person or a rebuild must mend it.
@@ -360,8 +360,8 @@ pub struct Replica {
 /// What opening a replica takes besides its folder.
 #[derive(Clone)]
 pub struct Context {
-    /// Memory bounds.
-    pub shared: Shared,
+    /// Databases and the disk.
+    pub storage: Arc<dyn Storage>,
     /// Time and randomness.
     pub env: Env,
     /// Rung when something that is reported has changed.
@@ -406,7 +406,7 @@ impl Replica {
         if !db.join("CURRENT").exists() {
             return Err(if born { Error::Emptied(db) } else { Error::NotBorn(dir.to_owned()) });
         }
-        let engine = Engine::open(&db, &context.shared)?;
+        let engine = Engine::open(&db, &*context.storage)?;
         let found = meta::read(&engine)?;
         let Some(birth) = found.birth else {
             return Err(if born { Error::Emptied(db) } else { Error::NotBorn(dir.to_owned()) });
@@ -422,14 +422,14 @@ impl Replica {
         let origin = if found.clean && found.origin != 0 { found.origin } else { context.env.random_id() };
         let seq = found.seq.max(engine.last_change()?.unwrap_or(0)).max(1);
         let clock = Clock::after_restart(found.clock, origin);
-        let mut batch = engine.batch();
+        let mut batch = Batch::default();
         batch.put_origin(origin);
         batch.put_ceilings(found.clock, seq);
         batch.put_clean(false);
-        engine.write(batch, true)?;
+        engine.write(&batch, true)?;
 
         let engine = Arc::new(engine);
-        let applied: HashMap<u64, Position> = found.positions.iter().map(|p| (p.replica, *p)).collect();
+        let applied: BTreeMap<u64, Position> = found.positions.iter().map(|p| (p.replica, *p)).collect();
         let progress = Arc::new(Progress {
             state: Mutex::new(State {
                 birth,
@@ -437,9 +437,9 @@ impl Replica {
                 applied,
                 fence: found.fence,
                 cleaned: found.cleaned,
-                confirmed_by: HashMap::new(),
-                following: HashMap::new(),
-                sources: HashMap::new(),
+                confirmed_by: BTreeMap::new(),
+                following: BTreeMap::new(),
+                sources: BTreeMap::new(),
                 todo: 0,
                 taken_over: BTreeSet::new(),
             }),
@@ -467,10 +467,15 @@ impl Replica {
             limits: settings.limits,
             positions: found.positions,
             served: found.served,
-            disk_free: Box::new(crate::dir::disk_watch(dir.to_owned(), context.env.clone())),
+            disk_free: Box::new(crate::dir::disk_watch(dir.to_owned(), context.storage.clone(), context.env.clone())),
         });
         let (commands, queue) = mpsc::channel(QUEUE);
-        std::thread::Builder::new().name(format!("writer-{shard}")).spawn(move || writer.run(queue)).map_err(io)?;
+        if context.env.is_on_one_thread() {
+            tokio::spawn(writer.run_inline(queue));
+        } else {
+            let thread = std::thread::Builder::new().name(format!("writer-{shard}"));
+            thread.spawn(move || writer.run(queue)).map_err(io)?;
+        }
         Ok(Arc::new(Self {
             id,
             shard,

@@ -1,7 +1,7 @@
 //! The store's line to the operator: its whole state up, the topologies that
 //! concern it down. Everything goes on while the operator is away.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -115,7 +115,7 @@ async fn once(host: &Arc<Host>, env: &Env, operator: &str, stop: &CancellationTo
         .max_decoding_message_size(crate::MESSAGE_LIMIT)
         .max_encoding_message_size(crate::MESSAGE_LIMIT);
     let (send, receive) = mpsc::channel(1);
-    let mut told = HashMap::new();
+    let mut told = BTreeMap::new();
     let first = strip(host.report(), &mut told);
     let _ = send.send(first).await;
     let given_up = async {
@@ -163,7 +163,7 @@ async fn once(host: &Arc<Host>, env: &Env, operator: &str, stop: &CancellationTo
 }
 
 /// Leaves out the topologies that the operator was sent before on this stream.
-fn strip(mut report: StoreReport, told: &mut HashMap<String, u64>) -> StoreReport {
+fn strip(mut report: StoreReport, told: &mut BTreeMap<String, u64>) -> StoreReport {
     for keyspace in &mut report.keyspaces {
         let version = keyspace.topology.as_ref().map_or(0, |t| t.version);
         if told.insert(keyspace.uid.clone(), version) == Some(version) {

@@ -171,7 +171,7 @@ impl Work {
             let begin = Instant::now();
             let from = replica.clone();
             let ids: Vec<u64> = reads.iter().map(|(id, ..)| *id).collect();
-            let read = tokio::task::spawn_blocking(move || {
+            let read = keyspace.env().blocking(move || {
                 reads.into_iter().map(|(id, key, hash)| read(&from, id, &key, hash, now)).collect::<Vec<_>>()
             });
             let answers = read.await.unwrap_or_else(|_| {
@@ -328,44 +328,49 @@ impl store_server::Store for Server {
         let (send, receive) = mpsc::channel(4);
         let now = self.env.now_ms();
         let topology = keyspace.topology();
-        tokio::task::spawn_blocking(move || {
-            let mut entries = Vec::new();
-            let walked = replica.engine.rows(b"", request.after.as_deref(), |key, _, encoded| {
-                let Ok(seen) = glance(encoded) else { return true };
-                if topology.holds(replica.id, seen.partition_hash) {
-                    let collectable = Record::decode(Bytes::copy_from_slice(encoded))
-                        .is_ok_and(|record| record.may_be_collected(now, 0));
-                    entries.push(InspectEntry {
-                        key: Bytes::copy_from_slice(key),
-                        hash: xxh64(encoded, 0),
-                        collectable,
+        let env = self.env.clone();
+        let sending = async move {
+            let _ = env
+                .produce(send, move |send| {
+                    let mut entries = Vec::new();
+                    let walked = replica.engine.rows(b"", request.after.as_deref(), |key, _, encoded| {
+                        let Ok(seen) = glance(encoded) else { return true };
+                        if topology.holds(replica.id, seen.partition_hash) {
+                            let collectable = Record::decode(Bytes::copy_from_slice(encoded))
+                                .is_ok_and(|record| record.may_be_collected(now, 0));
+                            entries.push(InspectEntry {
+                                key: Bytes::copy_from_slice(key),
+                                hash: xxh64(encoded, 0),
+                                collectable,
+                            });
+                        }
+                        let full = entries.len() >= PAGE_ROWS;
+                        !full || send(Ok(InspectResponse { entries: std::mem::take(&mut entries) }))
                     });
-                }
-                let full = entries.len() >= PAGE_ROWS;
-                !full || send.blocking_send(Ok(InspectResponse { entries: std::mem::take(&mut entries) })).is_ok()
-            });
-            let last = match walked {
-                Ok(()) => Ok(InspectResponse { entries }),
-                Err(error) => Err(Status::data_loss(error.to_string())),
-            };
-            let _ = send.blocking_send(last);
-        });
+                    let last = match walked {
+                        Ok(()) => Ok(InspectResponse { entries }),
+                        Err(error) => Err(Status::data_loss(error.to_string())),
+                    };
+                    send(last);
+                })
+                .await;
+        };
+        tokio::spawn(sending);
         Ok(Response::new(Box::pin(ReceiverStream::new(receive))))
     }
 
     async fn compact(&self, request: Request<CompactRequest>) -> Result<Response<CompactResponse>, Status> {
         let keyspace = self.keyspace(&request.into_inner().keyspace)?;
-        let done = tokio::task::spawn_blocking(move || {
+        let done = self.env.blocking(move || {
             let (mut before, mut after) = (0, 0);
             for replica in keyspace.replicas() {
                 before += replica.engine.estimate().1;
-                replica.engine.compact()?;
+                replica.engine.compact();
                 after += replica.engine.estimate().1;
             }
-            Ok::<_, crate::engine::Error>(CompactResponse { bytes_before: before, bytes_after: after })
+            CompactResponse { bytes_before: before, bytes_after: after }
         });
-        let response = done.await.map_err(|e| Status::internal(e.to_string()))?;
-        response.map(Response::new).map_err(|e| Status::internal(e.to_string()))
+        done.await.map(Response::new).map_err(|e| Status::internal(e.to_string()))
     }
 }
 
@@ -417,11 +422,8 @@ async fn scan(
         };
         let (prefix, from, now) = (request.prefix.clone(), after.clone(), env.now_ms());
         let (shard, shards) = (request.shard, request.shards);
-        let page = tokio::task::spawn_blocking(move || {
-            scan_page(&replica, (shard, shards), &prefix, from.as_deref(), left, now)
-        })
-        .await
-        .map_err(|e| failure(FailureCode::Internal, e.to_string(), None))??;
+        let page = env.blocking(move || scan_page(&replica, (shard, shards), &prefix, from.as_deref(), left, now));
+        let page = page.await.map_err(|e| failure(FailureCode::Internal, e.to_string(), None))??;
         left -= page.entries.len() as u64;
         let end = page.next.is_none() || left == 0;
         let message = ScanResponse { entries: page.entries, failure: None };

@@ -107,20 +107,21 @@ pub async fn serve(
         return;
     }
     let resume_elsewhere = request.after.is_some() && request.epoch != birth.epoch;
-    let source = Source { replica: replica.clone(), topology, request, epoch: birth.epoch, out: out.clone() };
+    let source = Source { replica: replica.clone(), topology, request, epoch: birth.epoch };
     if resume_elsewhere {
         let start = SnapshotStart { epoch: birth.epoch, restart: true, ..SnapshotStart::default() };
         let _ = out.send(respond(Message::Start(start))).await;
         return;
     }
-    let sent = tokio::task::spawn_blocking(move || {
+    let sending = keyspace.env().produce(out.clone(), move |send| {
+        let mut send = |message| send(Ok(SnapshotResponse { message: Some(message) }));
         if source.request.files_welcome && whole(&source.topology, source.replica.id, source.request.target) {
-            source.files()
+            source.files(&mut send)
         } else {
-            source.records()
+            source.records(&mut send)
         }
-    })
-    .await;
+    });
+    let sent = sending.await;
     if let Ok(Err(error)) = sent {
         tracing::warn!(replica = replica.id, %error, "a snapshot was not sent whole");
         let _ = out.send(Err(Status::internal(error.to_string()))).await;
@@ -132,16 +133,13 @@ struct Source {
     topology: Arc<Topology>,
     request: SnapshotRequest,
     epoch: u64,
-    out: mpsc::Sender<Result<SnapshotResponse, Status>>,
 }
 
-impl Source {
-    /// False: the target has gone.
-    fn send(&self, message: Message) -> bool {
-        self.out.blocking_send(Ok(SnapshotResponse { message: Some(message) })).is_ok()
-    }
+/// Gives a message out; false: the target has gone.
+type Send<'a> = &'a mut dyn FnMut(Message) -> bool;
 
-    fn records(&self) -> Result<(), engine::Error> {
+impl Source {
+    fn records(&self, send: Send<'_>) -> Result<(), engine::Error> {
         let engine = &self.replica.engine;
         // Before the snapshot is taken: following from here misses nothing.
         let pin_seq = self.replica.progress.last_seq();
@@ -162,7 +160,7 @@ impl Source {
             restart: false,
             horizon: self.replica.progress.horizon(),
         };
-        if !self.send(Message::Start(start)) {
+        if !send(Message::Start(start)) {
             return Ok(());
         }
         let (mut batch, mut bytes, mut gone) = (Vec::new(), 0, false);
@@ -178,7 +176,7 @@ impl Source {
                 batch.push(part);
                 if bytes >= MESSAGE_BYTES && !gone {
                     bytes = 0;
-                    gone = !self.send(Message::Records(SnapshotRecords { records: std::mem::take(&mut batch) }));
+                    gone = !send(Message::Records(SnapshotRecords { records: std::mem::take(&mut batch) }));
                 }
             }
             !gone
@@ -187,13 +185,13 @@ impl Source {
             return Ok(());
         }
         if !batch.is_empty() {
-            self.send(Message::Records(SnapshotRecords { records: batch }));
+            send(Message::Records(SnapshotRecords { records: batch }));
         }
-        self.send(Message::End(SnapshotEnd { clock: clock.max(self.replica.progress.clock()), last_seq }));
+        send(Message::End(SnapshotEnd { clock: clock.max(self.replica.progress.clock()), last_seq }));
         Ok(())
     }
 
-    fn files(&self) -> Result<(), engine::Error> {
+    fn files(&self, send: Send<'_>) -> Result<(), engine::Error> {
         let pin = self.replica.progress.last_seq();
         let path = self.replica.dir.join(format!("checkpoint-{:016x}", self.request.target));
         let io = |source: std::io::Error| engine::Error::Io { path: path.clone(), source };
@@ -201,22 +199,20 @@ impl Source {
             std::fs::remove_dir_all(&path).map_err(io)?;
         }
         self.replica.engine.checkpoint(&path)?;
-        let sent = self.send_files(&path, pin).map_err(io);
+        let sent = self.send_files(&path, pin, send).map_err(io);
         std::fs::remove_dir_all(&path).map_err(io)?;
         sent
     }
 
-    fn send_files(&self, path: &Path, pin: u64) -> std::io::Result<()> {
+    fn send_files(&self, path: &Path, pin: u64, send: Send<'_>) -> std::io::Result<()> {
         let last_seq = self.replica.progress.last_seq();
         let clock = self.replica.progress.clock();
         let mut files = Vec::new();
         let mut bytes_total = 0;
-        for entry in std::fs::read_dir(path)? {
-            let entry = entry?;
-            bytes_total += entry.metadata()?.len();
-            files.push(entry.file_name());
+        for entry in crate::dir::entries(path)? {
+            bytes_total += std::fs::metadata(&entry)?.len();
+            files.extend(entry.file_name().map(std::ffi::OsStr::to_owned));
         }
-        files.sort();
         let (records_total, _) = self.replica.engine.estimate();
         let start = SnapshotStart {
             epoch: self.epoch,
@@ -228,7 +224,7 @@ impl Source {
             restart: false,
             horizon: self.replica.progress.horizon(),
         };
-        if !self.send(Message::Start(start)) {
+        if !send(Message::Start(start)) {
             return Ok(());
         }
         for name in files {
@@ -240,7 +236,7 @@ impl Source {
                     std::io::Read::read_to_end(&mut std::io::Read::take(&mut file, MESSAGE_BYTES as u64), &mut data)?;
                 let last = read < MESSAGE_BYTES;
                 let part = SnapshotFile { name: name.clone(), data: data.into(), last };
-                if !self.send(Message::File(part)) {
+                if !send(Message::File(part)) {
                     return Ok(());
                 }
                 if last {
@@ -248,7 +244,7 @@ impl Source {
                 }
             }
         }
-        self.send(Message::End(SnapshotEnd { clock, last_seq }));
+        send(Message::End(SnapshotEnd { clock, last_seq }));
         Ok(())
     }
 }
@@ -482,7 +478,7 @@ async fn take_over_once(keyspace: &Arc<Keyspace>, replica: &Arc<Replica>, from: 
         }
     }
     let synced = replica.clone();
-    let _ = tokio::task::spawn_blocking(move || synced.sync()).await;
+    let _ = keyspace.env().blocking(move || synced.sync()).await;
     match replica.progress.fault() {
         Some(fault) => Err(Error::Store(fault.to_owned())),
         None => Ok(taken),

@@ -16,11 +16,11 @@ use vasto_client::v1::{
     Assignment, FailureCode, FollowStart, Phase, Position, Shard, SnapshotRequired, Topology, View,
 };
 
-use crate::engine::{Engine, Shared};
+use crate::engine::{Batch, Engine, RocksStorage};
 use crate::follow;
 use crate::merge::{Change, Limits, LocalOp};
 use crate::meta;
-use crate::record::{Base, Content, Kind, Number, Op, Record, Slot, Stamp, time_of};
+use crate::record::{Base, Chunk, Content, Kind, Number, Op, Record, Slot, Stamp, time_of};
 use crate::replica::{Context, Replica, Settings};
 use crate::writer::{LocalWrite, PeerBatch, Refused};
 
@@ -28,7 +28,11 @@ const ME: u64 = 7;
 const PEER: u64 = 8;
 
 fn context() -> Context {
-    Context { shared: Shared::new(8 << 20, 16 << 20), env: Env::real(), changed: Arc::new(Notify::new()) }
+    Context {
+        storage: Arc::new(RocksStorage::new(8 << 20, 16 << 20)),
+        env: Env::real(),
+        changed: Arc::new(Notify::new()),
+    }
 }
 
 fn settings() -> Settings {
@@ -48,12 +52,12 @@ fn stable(version: u64, shards: &[&[u64]]) -> Arc<Topology> {
 fn open(dir: &Path, topology: &Arc<Topology>) -> Arc<Replica> {
     if !dir.join("replica.json").exists() {
         Replica::create(dir, ME, 0).unwrap();
-        let engine = Engine::open(&dir.join("db"), &context().shared).unwrap();
-        let mut batch = engine.batch();
+        let engine = Engine::open(&dir.join("db"), &*context().storage).unwrap();
+        let mut batch = Batch::default();
         batch.put_id(ME);
         batch.put_ceilings(0, 1);
         batch.put_birth(&SnapshotRequired { epoch: 99, birth_seq: 1, ..SnapshotRequired::default() });
-        engine.write(batch, true).unwrap();
+        engine.write(&batch, true).unwrap();
     }
     Replica::open(dir, topology.clone(), settings(), &context()).unwrap()
 }
@@ -110,12 +114,12 @@ fn from_peer(key: &str, record: Record, seq: u64) -> PeerBatch {
 #[test]
 fn nothing_is_written_before_its_batch_is() {
     let dir = tempfile::tempdir().unwrap();
-    let engine = Engine::open(dir.path(), &context().shared).unwrap();
+    let engine = Engine::open(dir.path(), &*context().storage).unwrap();
     let there = |engine: &Engine| (engine.row(b"key").unwrap().is_some(), engine.changes(0, 9).unwrap().len());
-    let mut batch = engine.batch();
+    let mut batch = Batch::default();
     batch.put_record(b"key", 2, 0, b"x");
     assert_eq!(there(&engine), (false, 0));
-    engine.write(batch, false).unwrap();
+    engine.write(&batch, false).unwrap();
     assert_eq!(there(&engine), (true, 1));
 }
 
@@ -133,7 +137,7 @@ async fn a_record_and_its_change_are_written_together_or_not_at_all() {
     while !task.is_finished() {
         let copy = tempfile::tempdir().unwrap();
         replica.engine.checkpoint(&copy.path().join("db")).unwrap();
-        let engine = Engine::open(&copy.path().join("db"), &context().shared).unwrap();
+        let engine = Engine::open(&copy.path().join("db"), &*context().storage).unwrap();
         let changes = engine.changes(0, usize::MAX).unwrap();
         let mut rows = 0;
         let check = |key: &[u8], seq: u64, _: &[u8]| {
@@ -285,6 +289,23 @@ async fn a_page_ships_each_current_record_once_and_nothing_back() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_change_that_meets_a_peers_own_is_sent_to_that_peer() {
+    let dir = tempfile::tempdir().unwrap();
+    let topology = stable(1, &[&[ME, PEER]]);
+    let replica = open(dir.path(), &topology);
+    one(&replica, write("both", Change::Append(Bytes::from_static(b"mine")))).await.unwrap();
+    let chunk = Chunk { stamp: Stamp { time: 1 << 20, origin: 5 }, bytes: Bytes::from_static(b"theirs") };
+    let unwritten = Base { partition_hash: partition_hash(b"both"), ..Base::default() };
+    replica.apply(from_peer("both", Record::new(unwritten, Vec::new(), vec![chunk]), 10)).await.unwrap();
+    put(&replica, "older").await.unwrap();
+    replica.apply(from_peer("older", record("older", time_of(1 << 47), Content::Nothing), 11)).await.unwrap();
+    let last = replica.progress.last_seq();
+    let page = follow::page(&replica.engine, &topology, (ME, PEER), 5, 1, last).unwrap();
+    let keys: Vec<_> = page.records.into_iter().map(|r| r.key).collect();
+    assert_eq!(keys, ["both"], "the peer has not got what was appended here; what it put over the older it has");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_position_that_cannot_be_served_asks_for_a_snapshot() {
     let dir = tempfile::tempdir().unwrap();
     let replica = open(dir.path(), &stable(1, &[&[ME, PEER]]));
@@ -307,10 +328,10 @@ async fn a_tombstone_goes_only_below_the_horizon() {
     put(&replica, "key").await.unwrap();
     one(&replica, set("key", Content::Nothing)).await.unwrap();
     put(&replica, "kept").await.unwrap();
-    replica.engine.compact().unwrap();
+    replica.engine.compact();
     assert!(replica.engine.row(b"key").unwrap().is_some(), "nobody has confirmed it");
     replica.engine.collection.horizon.store(replica.progress.last_seq(), Ordering::Release);
-    replica.engine.compact().unwrap();
+    replica.engine.compact();
     assert!(replica.engine.row(b"key").unwrap().is_none());
     assert!(replica.engine.row(b"kept").unwrap().is_some());
 }
@@ -375,6 +396,6 @@ fn a_disk_that_is_nearly_full_takes_no_writes() {
     let now = Arc::new(AtomicU64::new(1_000));
     let clock = now.clone();
     let env = Env::new(move || clock.load(Ordering::Relaxed), || 1, |_| unreachable!());
-    let mut room = crate::dir::disk_watch(std::env::temp_dir(), env);
+    let mut room = crate::dir::disk_watch(std::env::temp_dir(), context().storage, env);
     assert!(room());
 }

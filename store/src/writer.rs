@@ -2,7 +2,7 @@
 //! all that waits into one batch, writes it, and answers. Everything that
 //! changes a replica's rows passes here, so that the order is one.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -12,7 +12,7 @@ use vasto_client::env::Env;
 use vasto_client::v1::{FailureCode, Phase, Position, Topology};
 
 use crate::clock::Clock;
-use crate::engine::{self, Engine};
+use crate::engine::{Batch, Engine};
 use crate::join::join;
 use crate::merge::{self, Limits, LocalOp};
 use crate::meta::Fence;
@@ -104,7 +104,7 @@ pub struct Writer {
     seq_ceiling: u64,
     topology: Arc<Topology>,
     limits: Limits,
-    positions: HashMap<u64, Position>,
+    positions: BTreeMap<u64, Position>,
     served: bool,
     full: bool,
     alarmed: bool,
@@ -184,21 +184,33 @@ impl Writer {
     pub fn run(mut self, mut queue: mpsc::Receiver<Command>) {
         let mut waiting = Vec::new();
         while let Some(first) = queue.blocking_recv() {
-            waiting.push(first);
-            while waiting.len() < 256 {
-                let Ok(more) = queue.try_recv() else { break };
-                waiting.push(more);
-            }
+            drain(first, &mut queue, &mut waiting);
             if let Some(stopped) = self.take(&mut waiting) {
-                self.stop();
-                drop(queue);
-                // Closed before the answer: the folder may be opened again at once.
-                drop(self);
-                let _ = stopped.send(());
-                return;
+                return self.end(queue, stopped);
             }
         }
         self.stop();
+    }
+
+    /// The same as a task, where there is but one thread.
+    pub async fn run_inline(mut self, mut queue: mpsc::Receiver<Command>) {
+        let mut waiting = Vec::new();
+        while let Some(first) = queue.recv().await {
+            self.env.pace().await;
+            drain(first, &mut queue, &mut waiting);
+            if let Some(stopped) = self.take(&mut waiting) {
+                return self.end(queue, stopped);
+            }
+        }
+        self.stop();
+    }
+
+    fn end(mut self, queue: mpsc::Receiver<Command>, stopped: oneshot::Sender<()>) {
+        self.stop();
+        drop(queue);
+        // Closed before the answer: the folder may be opened again at once.
+        drop(self);
+        let _ = stopped.send(());
     }
 
     /// Takes all commands, in as many batches as their size asks for.
@@ -208,8 +220,7 @@ impl Writer {
         while commands.peek().is_some() {
             self.full = !(self.disk_free)();
             self.progress.full.store(self.full, Ordering::Relaxed);
-            let engine = self.engine.clone();
-            let mut batch = engine.batch();
+            let mut batch = Batch::default();
             let mut overlay = HashMap::new();
             let mut pending = Pending::default();
             while batch.size() < BATCH_BYTES {
@@ -227,7 +238,7 @@ impl Writer {
     fn add(
         &mut self,
         command: Command,
-        batch: &mut engine::Batch<'_>,
+        batch: &mut Batch,
         overlay: &mut HashMap<Bytes, Option<Record>>,
         pending: &mut Pending,
     ) {
@@ -283,7 +294,7 @@ impl Writer {
 
     /// What came from replicas of other shards has been deleted with the foreign
     /// keys, or may have been: a position there would claim that it is still held.
-    fn forget_strangers(&mut self, batch: &mut engine::Batch<'_>) {
+    fn forget_strangers(&mut self, batch: &mut Batch) {
         let Some(view) = &self.topology.current else { return };
         let Some(shard) = view.place(self.replica).map(|p| p.shard) else { return };
         let strangers: Vec<u64> =
@@ -295,7 +306,7 @@ impl Writer {
         }
     }
 
-    fn install(&mut self, topology: Arc<Topology>, batch: &mut engine::Batch<'_>, pending: &mut Pending) {
+    fn install(&mut self, topology: Arc<Topology>, batch: &mut Batch, pending: &mut Pending) {
         if topology.version < self.topology.version {
             return;
         }
@@ -331,7 +342,7 @@ impl Writer {
         key: Bytes,
         record: Record,
         from: u64,
-        batch: &mut engine::Batch<'_>,
+        batch: &mut Batch,
         overlay: &mut HashMap<Bytes, Option<Record>>,
     ) {
         self.seq += 1;
@@ -344,7 +355,7 @@ impl Writer {
     fn local(
         &mut self,
         write: LocalWrite,
-        batch: &mut engine::Batch<'_>,
+        batch: &mut Batch,
         overlay: &mut HashMap<Bytes, Option<Record>>,
     ) -> Result<Stamp, Refused> {
         if self.poisoned {
@@ -396,7 +407,7 @@ impl Writer {
     fn peer(
         &mut self,
         peer: PeerBatch,
-        batch: &mut engine::Batch<'_>,
+        batch: &mut Batch,
         overlay: &mut HashMap<Bytes, Option<Record>>,
         pending: &mut Pending,
     ) -> Result<(), Refused> {
@@ -423,14 +434,17 @@ impl Writer {
                 continue;
             }
             self.clock.observe(record.greatest_stamp().time);
-            let existing = self.existing(&key, overlay)?;
-            let joined = match existing.clone() {
-                Some(mine) => join(mine, record),
-                None => record,
+            let Some(mine) = self.existing(&key, overlay)? else {
+                self.put(key, record, peer.from, batch, overlay);
+                continue;
             };
+            let joined = join(mine.clone(), record.clone());
             // What changes nothing is no change: else two replicas would send it to and fro.
-            if existing.as_ref() != Some(&joined) {
-                self.put(key, joined, peer.from, batch, overlay);
+            if joined != mine {
+                // The line replaces those of this replica's own changes, which the peer may not have got yet: it
+                // is one that the peer needn't get only where that has all of it.
+                let from = if joined == record { peer.from } else { 0 };
+                self.put(key, joined, from, batch, overlay);
             }
         }
         for position in peer.positions {
@@ -441,7 +455,7 @@ impl Writer {
         Ok(())
     }
 
-    fn commit(&mut self, mut batch: engine::Batch<'_>, pending: Pending) {
+    fn commit(&mut self, mut batch: Batch, pending: Pending) {
         if batch.is_empty() && !pending.sync {
             self.answer(pending, Ok(()));
             return;
@@ -462,7 +476,7 @@ impl Writer {
         let result = if self.poisoned {
             Err(Refused::new(FailureCode::Internal, self.progress.fault_text()))
         } else {
-            self.engine.write(batch, sync).map_err(|error| {
+            self.engine.write(&batch, sync).map_err(|error| {
                 // After a failed write or sync the log's end is unknown: nothing more is
                 // written by this process.
                 tracing::error!(replica = self.replica, %error, "a write failed; the replica takes no more writes");
@@ -523,12 +537,21 @@ impl Writer {
         if self.poisoned {
             return;
         }
-        let mut batch = self.engine.batch();
+        let mut batch = Batch::default();
         batch.put_ceilings(self.clock.last(), self.seq);
         batch.put_clean(true);
-        if let Err(error) = self.engine.write(batch, true) {
+        if let Err(error) = self.engine.write(&batch, true) {
             tracing::warn!(replica = self.replica, %error, "the stop was not clean");
         }
+    }
+}
+
+/// `first`, and what else waits, up to 256 in all.
+fn drain(first: Command, queue: &mut mpsc::Receiver<Command>, waiting: &mut Vec<Command>) {
+    waiting.push(first);
+    while waiting.len() < 256 {
+        let Ok(more) = queue.try_recv() else { break };
+        waiting.push(more);
     }
 }
 

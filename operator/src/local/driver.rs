@@ -372,7 +372,7 @@ impl Driver {
 
     async fn on_disk(&self, work: impl FnOnce(&Folder) -> Result<(), Error> + Send + 'static) -> Result<(), Error> {
         let folder = self.folder.clone();
-        let done = tokio::task::spawn_blocking(move || work(&folder)).await;
+        let done = self.env.blocking(move || work(&folder)).await;
         done.unwrap_or_else(|e| Err(self.folder.broken(std::io::Error::other(e))))
     }
 

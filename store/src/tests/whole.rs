@@ -554,7 +554,7 @@ async fn a_store_that_has_stopped_has_closed_its_files_whoever_is_connected() {
     let dir = first.stopped().await;
     // One process opens a database once.
     let db = dir.path().join("keyspaces").join(UID).join(format!("replicas/{id:016x}/db"));
-    assert!(Engine::open(&db, &context().shared).is_ok());
+    assert!(Engine::open(&db, &*context().storage).is_ok());
     let cut = tokio::time::timeout(PATIENCE, stream.next()).await.expect("the client hears of it");
     assert!(cut.is_none_or(|answer| answer.is_err()));
     second.stopped().await;

@@ -1,0 +1,281 @@
+//! The database on a disk: RocksDB.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use bytes::Bytes;
+use rocksdb::{
+    BlockBasedOptions, BottommostLevelCompaction, Cache, ColumnFamily, ColumnFamilyDescriptor, CompactOptions, DB,
+    DBCompressionType, DBRawIterator, DBRecoveryMode, IngestExternalFileOptions, Options, ReadOptions, Snapshot,
+    SstFileWriter, WriteBatch, WriteBufferManager, WriteOptions, compaction_filter::Decision,
+};
+use vasto_client::v1::Disk;
+
+use super::{Batch, Collection, Database, Error, Family, MetaRow, Sorted, Storage, Usage, View, Write};
+
+/// RocksDB in folders, with memory bounds for all of a process's databases together.
+pub struct RocksStorage {
+    cache: Cache,
+    write_buffers: WriteBufferManager,
+}
+
+impl RocksStorage {
+    /// `cache_bytes` for blocks and `write_buffer_bytes` for memtables, over all replicas together.
+    pub fn new(cache_bytes: usize, write_buffer_bytes: usize) -> Self {
+        Self {
+            cache: Cache::new_lru_cache(cache_bytes),
+            write_buffers: WriteBufferManager::new_write_buffer_manager(write_buffer_bytes, false),
+        }
+    }
+
+    fn table(&self, filter: bool) -> BlockBasedOptions {
+        let mut table = BlockBasedOptions::default();
+        table.set_block_cache(&self.cache);
+        table.set_cache_index_and_filter_blocks(true);
+        table.set_pin_l0_filter_and_index_blocks_in_cache(true);
+        table.set_format_version(5);
+        if filter {
+            table.set_bloom_filter(10.0, false);
+            table.set_optimize_filters_for_memory(true);
+        }
+        table
+    }
+
+    fn records(&self) -> Options {
+        let mut records = Options::default();
+        records.set_write_buffer_size(16 << 20);
+        records.set_max_write_buffer_number(3);
+        records.set_level_compaction_dynamic_level_bytes(true);
+        records.set_compression_type(DBCompressionType::Lz4);
+        records.set_bottommost_compression_type(DBCompressionType::Zstd);
+        records.set_block_based_table_factory(&self.table(true));
+        records
+    }
+}
+
+impl Storage for RocksStorage {
+    fn open(&self, path: &Path, collection: Arc<Collection>) -> Result<Box<dyn Database>, Error> {
+        let mut options = Options::default();
+        options.create_if_missing(true);
+        options.create_missing_column_families(true);
+        // The log may end in a torn write; what comes before it is whole.
+        options.set_wal_recovery_mode(DBRecoveryMode::PointInTime);
+        options.set_write_buffer_manager(&self.write_buffers);
+        options.set_max_background_jobs(2);
+        options.set_max_total_wal_size(128 << 20);
+        options.set_keep_log_file_num(2);
+        options.set_max_log_file_size(4 << 20);
+        options.set_bytes_per_sync(1 << 20);
+        options.set_max_open_files(512);
+        options.set_stats_dump_period_sec(0);
+
+        let mut records = self.records();
+        records.set_compaction_filter("vasto.collection", move |_, _, row| {
+            if collection.drops(row) { Decision::Remove } else { Decision::Keep }
+        });
+        let mut changes = Options::default();
+        changes.set_write_buffer_size(8 << 20);
+        changes.set_compression_type(DBCompressionType::Lz4);
+        changes.set_block_based_table_factory(&self.table(false));
+        let mut meta = Options::default();
+        meta.set_write_buffer_size(1 << 20);
+        meta.set_block_based_table_factory(&self.table(false));
+
+        let families = [
+            // Unused; but the log's files are allocated ahead by the greatest write buffer of all.
+            ColumnFamilyDescriptor::new("default", meta.clone()),
+            ColumnFamilyDescriptor::new(Family::Records.name(), records),
+            ColumnFamilyDescriptor::new(Family::Changes.name(), changes),
+            ColumnFamilyDescriptor::new(Family::Meta.name(), meta),
+        ];
+        let db = DB::open_cf_descriptors(&options, path, families)
+            .map_err(|source| Error::Rocks { path: path.to_owned(), source })?;
+        Ok(Box::new(Rocks { db, path: path.to_owned(), sorted: self.records() }))
+    }
+
+    fn disk(&self, path: &Path) -> Option<Disk> {
+        let disk = nix::sys::statvfs::statvfs(path).ok()?;
+        let bytes = |blocks: u64| blocks * disk.fragment_size();
+        Some(Disk { size_bytes: bytes(disk.blocks()), free_bytes: bytes(disk.blocks_available()) })
+    }
+
+    fn cache_bytes(&self) -> (u64, u64) {
+        (self.cache.get_usage() as u64, self.cache.get_pinned_usage() as u64)
+    }
+}
+
+struct Rocks {
+    db: DB,
+    path: PathBuf,
+    /// Of sorted files.
+    sorted: Options,
+}
+
+impl Rocks {
+    fn cf(&self, family: Family) -> &ColumnFamily {
+        // The families are made when the database is opened and never dropped.
+        #[allow(clippy::expect_used)]
+        self.db.cf_handle(family.name()).expect("a column family made at open")
+    }
+
+    fn failed(&self) -> impl Fn(rocksdb::Error) -> Error + use<> {
+        let path = self.path.clone();
+        move |source| Error::Rocks { path: path.clone(), source }
+    }
+
+    fn visit(
+        &self,
+        mut rows: DBRawIterator<'_>,
+        from: &[u8],
+        visit: &mut dyn FnMut(&[u8], &[u8]) -> bool,
+    ) -> Result<(), Error> {
+        rows.seek(from);
+        while let Some((key, value)) = rows.item() {
+            if !visit(key, value) {
+                return Ok(());
+            }
+            rows.next();
+        }
+        rows.status().map_err(self.failed())
+    }
+}
+
+fn reading(family: Family) -> ReadOptions {
+    let mut options = ReadOptions::default();
+    if family == Family::Records {
+        options.set_readahead_size(1 << 20);
+    }
+    options
+}
+
+impl View for Rocks {
+    fn walk(&self, family: Family, from: &[u8], visit: &mut dyn FnMut(&[u8], &[u8]) -> bool) -> Result<(), Error> {
+        self.visit(self.db.raw_iterator_cf_opt(self.cf(family), reading(family)), from, visit)
+    }
+}
+
+struct Pinned<'a> {
+    rocks: &'a Rocks,
+    snapshot: Snapshot<'a>,
+}
+
+impl View for Pinned<'_> {
+    fn walk(&self, family: Family, from: &[u8], visit: &mut dyn FnMut(&[u8], &[u8]) -> bool) -> Result<(), Error> {
+        let mut options = reading(family);
+        options.fill_cache(false);
+        options.set_snapshot(&self.snapshot);
+        let rows = self.rocks.db.raw_iterator_cf_opt(self.rocks.cf(family), options);
+        self.rocks.visit(rows, from, visit)
+    }
+}
+
+impl Database for Rocks {
+    fn write(&self, batch: &Batch, sync: bool) -> Result<(), Error> {
+        let families = Family::ALL.map(|family| self.cf(family));
+        let cf = |family: Family| families[family as usize];
+        let mut all = WriteBatch::with_capacity_bytes(batch.size() + 32 * batch.writes.len());
+        for write in batch.writes() {
+            match write {
+                Write::Put(family, key, value) => all.put_cf(cf(family), key, value),
+                Write::Delete(family, key) => all.delete_cf(cf(family), key),
+                Write::DeleteRange(family, from, to) => all.delete_range_cf(cf(family), from, to),
+            }
+        }
+        let mut options = WriteOptions::default();
+        options.set_sync(sync);
+        self.db.write_opt(all, &options).map_err(self.failed())
+    }
+
+    fn sync(&self) -> Result<(), Error> {
+        self.db.flush_wal(true).map_err(self.failed())
+    }
+
+    fn get(&self, family: Family, key: &[u8]) -> Result<Option<Bytes>, Error> {
+        let found = self.db.get_pinned_cf(self.cf(family), key).map_err(self.failed())?;
+        Ok(found.map(|value| Bytes::copy_from_slice(&value)))
+    }
+
+    fn last(&self, family: Family) -> Result<Option<MetaRow>, Error> {
+        let mut rows = self.db.raw_iterator_cf(self.cf(family));
+        rows.seek_to_last();
+        let last = rows.item().map(|(key, value)| (key.to_vec(), value.to_vec()));
+        rows.status().map_err(self.failed())?;
+        Ok(last)
+    }
+
+    fn pin(&self) -> Box<dyn View + '_> {
+        Box::new(Pinned { rocks: self, snapshot: self.db.snapshot() })
+    }
+
+    fn checkpoint(&self, path: &Path) -> Result<(), Error> {
+        let made = rocksdb::checkpoint::Checkpoint::new(&self.db).and_then(|c| c.create_checkpoint(path));
+        made.map_err(self.failed())
+    }
+
+    fn sorted_file(&self, path: PathBuf) -> Result<Box<dyn Sorted + '_>, Error> {
+        let writer = SstFileWriter::create(&self.sorted);
+        writer.open(&path).map_err(self.failed())?;
+        Ok(Box::new(SstFile { rocks: self, writer, path }))
+    }
+
+    fn ingest(&self, files: Vec<PathBuf>) -> Result<(), Error> {
+        let mut options = IngestExternalFileOptions::default();
+        options.set_move_files(true);
+        self.db.ingest_external_file_cf_opts(self.cf(Family::Records), &options, files).map_err(self.failed())
+    }
+
+    fn compact(&self) {
+        let mut options = CompactOptions::default();
+        options.set_bottommost_level_compaction(BottommostLevelCompaction::Force);
+        for family in [Family::Records, Family::Changes] {
+            self.db.compact_range_cf_opt(self.cf(family), None::<&[u8]>, None::<&[u8]>, &options);
+        }
+    }
+
+    fn estimate(&self) -> (u64, u64) {
+        let cf = self.cf(Family::Records);
+        let int = |name: &str| self.db.property_int_value_cf(cf, name).ok().flatten().unwrap_or(0);
+        (int("rocksdb.estimate-num-keys"), int("rocksdb.live-sst-files-size") + int("rocksdb.cur-size-all-mem-tables"))
+    }
+
+    fn usage(&self) -> Usage {
+        let families = Family::ALL.map(|family| self.cf(family));
+        let sum = |property: &str| -> u64 {
+            families.iter().filter_map(|cf| self.db.property_int_value_cf(*cf, property).ok().flatten()).sum()
+        };
+        let whole = |property: &str| self.db.property_int_value(property).ok().flatten().unwrap_or(0);
+        Usage {
+            memtable_bytes: sum("rocksdb.cur-size-all-mem-tables"),
+            sst_bytes: sum("rocksdb.live-sst-files-size"),
+            pending_compaction_bytes: sum("rocksdb.estimate-pending-compaction-bytes"),
+            l0_files: sum("rocksdb.num-files-at-level0"),
+            running_compactions: whole("rocksdb.num-running-compactions"),
+            running_flushes: whole("rocksdb.num-running-flushes"),
+        }
+    }
+
+    fn cancel(&self) {
+        self.db.cancel_all_background_work(true);
+    }
+}
+
+struct SstFile<'a> {
+    rocks: &'a Rocks,
+    writer: SstFileWriter<'a>,
+    path: PathBuf,
+}
+
+impl Sorted for SstFile<'_> {
+    fn put(&mut self, key: &[u8], value: &[u8]) -> Result<(), Error> {
+        self.writer.put(key, value).map_err(self.rocks.failed())
+    }
+
+    fn size(&self) -> u64 {
+        self.writer.file_size()
+    }
+
+    fn finish(mut self: Box<Self>) -> Result<PathBuf, Error> {
+        self.writer.finish().map_err(self.rocks.failed())?;
+        Ok(self.path)
+    }
+}
