@@ -325,7 +325,7 @@ async fn pin(shared: Arc<Shared>, keyspace: Keyspace, client: u32, seed: u64) {
             named.find(owned).unwrap_or_default()
         });
         let Ok(mut pinned) = Pinned::connect(at, DEADLINE).await else { continue };
-        let mut turn = Turn { shared: &shared, client, after: &mut after, reads: Vec::new() };
+        let mut turn = Turn { shared: &shared, client, after: &mut after, reads: Vec::new(), sure: BTreeSet::new() };
         for _ in 0..random.random_range(1..60) {
             let _open = shared.gate.read().await;
             if shared.cycle.load(Relaxed) != cycle {
@@ -345,7 +345,7 @@ async fn pin(shared: Arc<Shared>, keyspace: Keyspace, client: u32, seed: u64) {
         // The reads after the last write: whoever answered them. Those of a cycle that was judged are of no use.
         let _open = shared.gate.read().await;
         if shared.cycle.load(Relaxed) == cycle {
-            turn.confirm(None);
+            turn.settle(None);
         }
     }
 }
@@ -354,8 +354,11 @@ struct Turn<'a> {
     shared: &'a Shared,
     client: u32,
     after: &'a mut Option<Stamp>,
-    /// Reads since the last write. A read isn't told which replica answered it; the next write is.
+    /// Reads since their key's last write. A read isn't told which replica answered it, a write is; and a store
+    /// that hosts several shards asks the one that a key belongs to by now.
     reads: Vec<(Bytes, Event)>,
+    /// Keys whose last write the pinned replica took.
+    sure: BTreeSet<Bytes>,
 }
 
 impl Turn<'_> {
@@ -388,7 +391,7 @@ impl Turn<'_> {
         };
         let good = replica == Some(pinned.at().replica);
         if good {
-            self.confirm(replica);
+            self.settle(Some((key, replica)));
         }
         let returned_at = self.shared.now();
         let client = self.client;
@@ -420,11 +423,18 @@ impl Turn<'_> {
         true
     }
 
-    /// The write before these reads and the one after them were this replica's, so they are.
-    fn confirm(&mut self, replica: Option<u64>) {
-        for (key, event) in self.reads.drain(..) {
-            self.shared.record(key, Event { replica, ..event });
+    /// Records reads: those of a key between two writes that the same replica took were answered by it too;
+    /// without a key all that are left, whoever answered.
+    fn settle(&mut self, written: Option<(&Bytes, Option<u64>)>) {
+        let reads = std::mem::take(&mut self.reads);
+        for (key, event) in reads {
+            match written {
+                Some((of, _)) if *of != key => self.reads.push((key, event)),
+                Some((_, replica)) if self.sure.contains(&key) => self.shared.record(key, Event { replica, ..event }),
+                _ => self.shared.record(key, event),
+            }
         }
+        self.sure.extend(written.map(|(key, _)| key.clone()));
     }
 }
 
