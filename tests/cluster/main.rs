@@ -4,5 +4,6 @@
 mod changes;
 mod damage;
 mod faults;
+mod fuzz;
 mod soak;
 mod up;

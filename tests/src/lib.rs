@@ -5,6 +5,7 @@
 pub mod cluster;
 pub mod control_plane;
 pub mod fleet;
+pub mod fuzz;
 pub mod history;
 pub mod load;
 pub mod oracle;
