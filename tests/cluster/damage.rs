@@ -221,7 +221,7 @@ fn operation(n: u32) -> (Bytes, history::Op) {
     match kind {
         0 => (format!("counter/{key}").into(), history::Op::Add(f64::from(1 + n % 9))),
         1 => (format!("list/{key}").into(), history::Op::Append(format!("{n}\n").into())),
-        _ if n % 11 == 0 => (format!("register/{}", n % 2000).into(), history::Op::Delete),
+        _ if n.is_multiple_of(11) => (format!("register/{}", n % 2000).into(), history::Op::Delete),
         _ => {
             (format!("register/{}", n % 2000).into(), history::Op::Put(Bytes::from(format!("{n};").repeat(50)).into()))
         }
