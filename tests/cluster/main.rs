@@ -2,5 +2,8 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod changes;
+mod damage;
 mod faults;
+mod fuzz;
+mod soak;
 mod up;

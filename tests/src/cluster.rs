@@ -26,8 +26,15 @@ pub fn vasto() -> PathBuf {
     vasto
 }
 
+/// A port that nobody listens on, below those that the system gives to outgoing connections: a process that is
+/// killed and started again must find its port free, whatever others connect to meanwhile.
 fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+    loop {
+        let port = rand::random_range(10_000..32_000);
+        if TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            return port;
+        }
+    }
 }
 
 /// Processes that end with this value.
@@ -103,7 +110,7 @@ impl Cluster {
     pub fn start_store(&mut self, name: &str) {
         if !self.stores.contains_key(name) {
             let data = self.folder.path().join(name).display().to_string();
-            let listen = format!("127.0.0.1:{}", self.ports[name]);
+            let listen = self.store_address(name);
             let operator = self.operator_address();
             let args = ["--operator", &operator, "store", "--name", name, "--data", &data, "--listen", &listen];
             let child = self.spawn(name, &args);
@@ -125,6 +132,41 @@ impl Cluster {
             child.kill().unwrap();
             child.wait().unwrap();
         }
+    }
+
+    /// Holds a store still, as SIGSTOP does, until it is thawed or killed.
+    pub fn freeze_store(&self, name: &str) {
+        self.signal_store(name, nix::sys::signal::Signal::SIGSTOP);
+    }
+
+    /// Lets a frozen store go on.
+    pub fn thaw_store(&self, name: &str) {
+        self.signal_store(name, nix::sys::signal::Signal::SIGCONT);
+    }
+
+    fn signal_store(&self, name: &str, signal: nix::sys::signal::Signal) {
+        if let Some(child) = self.stores.get(name) {
+            let pid = nix::unistd::Pid::from_raw(child.id().try_into().unwrap());
+            nix::sys::signal::kill(pid, signal).unwrap();
+        }
+    }
+
+    /// Those that ended although nobody ended them, each with how.
+    pub fn ended(&mut self) -> Vec<String> {
+        let stores = self.stores.iter_mut().map(|(name, child)| (name.as_str(), child));
+        let all = stores.chain(self.operator.iter_mut().map(|child| ("operator", child)));
+        all.filter_map(|(name, child)| child.try_wait().unwrap().map(|status| format!("{name} ended with {status}")))
+            .collect()
+    }
+
+    /// `host:port` of a store.
+    pub fn store_address(&self, name: &str) -> String {
+        format!("127.0.0.1:{}", self.ports[name])
+    }
+
+    /// Leaves the folder with all data and logs where it is.
+    pub fn keep(&mut self) {
+        self.folder.disable_cleanup(true);
     }
 
     /// SIGTERM, and waits for its end; says how long that took.
@@ -194,8 +236,13 @@ impl Cluster {
 
     /// Asks for a store to be emptied and filled anew.
     pub async fn replace(&self, name: &str, store: &str) {
+        self.try_replace(name, store).await.unwrap();
+    }
+
+    /// As `replace`, or why the operator refuses.
+    pub async fn try_replace(&self, name: &str, store: &str) -> Result<(), tonic::Status> {
         let request = ReplaceRequest { name: name.to_owned(), store: store.to_owned(), accept_data_loss: false };
-        self.admin().await.replace(request).await.unwrap();
+        self.admin().await.replace(request).await.map(drop)
     }
 
     /// The phase that status names, such as `Ready`.
@@ -207,17 +254,32 @@ impl Cluster {
     /// Waits until the resource is as wanted.
     pub async fn wait_for(&self, name: &str, what: &str, seconds: u64, wanted: impl Fn(&Value) -> bool) -> Duration {
         let start = Instant::now();
+        match self.reached(name, what, seconds, wanted).await {
+            Ok(_) => start.elapsed(),
+            Err(words) => panic!("{words}\n{}", self.tail()),
+        }
+    }
+
+    /// The resource once it is as wanted, or why it isn't after this long.
+    async fn reached(
+        &self,
+        name: &str,
+        what: &str,
+        seconds: u64,
+        wanted: impl Fn(&Value) -> bool,
+    ) -> Result<Value, String> {
+        let start = Instant::now();
         let mut last = Value::Null;
         loop {
             if let Some(resource) = self.describe(name).await {
                 if wanted(&resource) {
-                    return start.elapsed();
+                    return Ok(resource);
                 }
                 last = resource;
             }
             if start.elapsed() > Duration::from_secs(seconds) {
                 let status = last.pointer("/status").cloned().unwrap_or_default();
-                panic!("{what}: not within {seconds} s; status {status:#}\n{}", self.tail());
+                return Err(format!("{what}: not within {seconds} s; status {status:#}"));
             }
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
@@ -239,17 +301,21 @@ impl Cluster {
         let what = format!("{name} at {shards} shards, replication factor {replication_factor}");
         self.wait_for(name, &what, seconds, |resource| {
             watch(resource);
-            let status = |path: &str| resource.pointer(&format!("/status/{path}"));
-            let generation = resource.pointer("/metadata/generation");
-            let replacing = resource.pointer("/metadata/annotations/vasto.io~1replace").is_some();
-            !replacing
-                && status("phase").and_then(Value::as_str) == Some("Ready")
-                && status("shards").and_then(Value::as_u64) == Some(u64::from(shards))
-                && status("replicas").and_then(Value::as_u64) == Some(u64::from(shards * replication_factor))
-                && status("readyReplicas") == status("replicas")
-                && status("observedGeneration") == generation
+            is_settled(resource, shards, replication_factor)
         })
         .await
+    }
+
+    /// The resource once nothing is changing and the committed size is this, or why it isn't after this long.
+    pub async fn settles(
+        &self,
+        name: &str,
+        shards: u32,
+        replication_factor: u32,
+        seconds: u64,
+    ) -> Result<Value, String> {
+        let what = format!("{name} at {shards} shards, replication factor {replication_factor}");
+        self.reached(name, &what, seconds, |resource| is_settled(resource, shards, replication_factor)).await
     }
 
     /// As `settled`, and says how much was copied on the way.
@@ -294,6 +360,18 @@ pub struct Copied {
     pub bytes: u64,
     /// How long it copied.
     pub seconds: f64,
+}
+
+fn is_settled(resource: &Value, shards: u32, replication_factor: u32) -> bool {
+    let status = |path: &str| resource.pointer(&format!("/status/{path}"));
+    let generation = resource.pointer("/metadata/generation");
+    let replacing = resource.pointer("/metadata/annotations/vasto.io~1replace").is_some();
+    !replacing
+        && status("phase").and_then(Value::as_str) == Some("Ready")
+        && status("shards").and_then(Value::as_u64) == Some(u64::from(shards))
+        && status("replicas").and_then(Value::as_u64) == Some(u64::from(shards * replication_factor))
+        && status("readyReplicas") == status("replicas")
+        && status("observedGeneration") == generation
 }
 
 /// The topology that a resource's status holds.

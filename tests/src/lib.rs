@@ -5,6 +5,10 @@
 pub mod cluster;
 pub mod control_plane;
 pub mod fleet;
+pub mod fuzz;
+pub mod history;
 pub mod load;
 pub mod oracle;
 pub mod packages;
+pub mod pinned;
+pub mod soak;
