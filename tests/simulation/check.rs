@@ -1,18 +1,19 @@
 //! The look at the end: what each key reads as, and whether all replicas are the same.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use bytes::Bytes;
 use vasto_client::{Client, Op};
+use vasto_tests::history::{self, Finals, History};
 
-use crate::history::Read;
-use crate::world::{NAME, Shared, Sorted, book, read};
+use crate::world::{NAME, seen};
 
 /// How long replicas have to become the same.
 const EQUAL_WITHIN: Duration = Duration::from_secs(30);
 
-/// Reads everything; what is wrong with it.
-pub async fn check(client: &Client, keys: &[String], shared: &Shared) -> Result<(), String> {
+/// Reads everything; what is wrong with it, or with what was read before.
+pub async fn check(client: &Client, history: &History) -> Result<(), String> {
     let keyspace = client.keyspace(NAME).await.map_err(|e| e.to_string())?;
     let deadline = tokio::time::Instant::now() + EQUAL_WITHIN;
     loop {
@@ -24,20 +25,13 @@ pub async fn check(client: &Client, keys: &[String], shared: &Shared) -> Result<
             Err(_) => tokio::time::sleep(Duration::from_millis(200)).await,
         }
     }
-    let answers = keyspace.batch(keys.iter().map(|key| Op::get(key.clone()))).await;
-    let mut wrong = Vec::new();
-    for (key, answer) in keys.iter().zip(answers) {
-        let read = answer.map_err(|e| e.to_string()).and_then(|outcome| read(key, outcome));
-        let found = match read {
-            Ok(read) => {
-                let read = if read == Read::Set(Vec::new()) { Read::Nothing } else { read };
-                book(shared).history.wrong(key, &read)
-            }
-            Err(error) => Some(error),
-        };
-        wrong.extend(found);
+    let mut finals = Finals::new();
+    let answers = keyspace.batch(history.keys.keys().map(|key| Op::get(key.clone()))).await;
+    for (key, answer) in history.keys.keys().zip(answers) {
+        finals.insert(key.clone(), seen(answer.map_err(|e| e.to_string())?));
     }
-    if wrong.is_empty() { Ok(()) } else { Err(wrong.join("\n")) }
+    let violations: Vec<String> = history::check(history, &finals).iter().map(ToString::to_string).collect();
+    if violations.is_empty() { Ok(()) } else { Err(violations.join("\n")) }
 }
 
 /// Whether all replicas of each shard hold the same, but for what each may drop when it likes.
@@ -45,7 +39,7 @@ async fn equal(keyspace: &vasto_client::Keyspace) -> Result<(), String> {
     let update = keyspace.topology();
     let view = update.topology.as_ref().and_then(|t| t.current.as_ref()).ok_or("no topology")?;
     for (shard, places) in view.shards.iter().enumerate() {
-        let mut copies: Sorted<Bytes, Vec<Option<(u64, bool)>>> = Sorted::new();
+        let mut copies: BTreeMap<Bytes, Vec<Option<(u64, bool)>>> = BTreeMap::new();
         let count = places.replicas.len();
         for (at, place) in places.replicas.iter().enumerate() {
             let what = |e: vasto_client::Error| format!("shard {shard} on {}: {e}", place.store);

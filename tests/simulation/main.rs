@@ -8,7 +8,6 @@
 mod check;
 mod disk;
 mod entropy;
-mod history;
 mod many;
 mod net;
 mod plan;
@@ -29,7 +28,7 @@ use world::{Book, Machine, Shared, Wish, book, settled};
 const READY_WITHIN: Duration = Duration::from_secs(60);
 const RESTS_WITHIN: Duration = Duration::from_secs(180);
 /// What was acknowledged so long before a machine crashed is synced, where writes are synced each second.
-const PERIOD_MS: u64 = 3_000;
+const PERIOD: Duration = Duration::from_secs(3);
 
 #[derive(Parser)]
 #[command(about = "Simulates whole clusters, one for each seed, and checks what Vasto promises.", version)]
@@ -132,13 +131,8 @@ impl World<'_> {
                     let lost = self.machine(name).storage.crash();
                     self.note(&format!("{name} has lost {lost} writes"));
                     if lost > 0 && !self.plan.synced {
-                        let now = self.sim.elapsed().as_millis() as u64;
-                        let mut book = book(&self.shared);
-                        book.losses.push(now);
-                        let recent = |at: u64| at + PERIOD_MS >= now;
-                        let lost: BTreeSet<u64> =
-                            book.acknowledged.iter().filter(|(at, _)| recent(*at)).map(|(_, n)| *n).collect();
-                        book.history.forgive(|number| lost.contains(&number));
+                        let now = self.sim.elapsed();
+                        book(&self.shared).forgive(now.saturating_sub(PERIOD), now);
                     }
                 }
             }
@@ -267,7 +261,7 @@ fn simulate(seed: u64, trace: bool, key: Option<&str>) -> serde_json::Value {
             "operator" => world.sim.host(name, move || machine.clone().operator(shared.clone())),
             "manager" => world.sim.host(name, move || machine.clone().manager(shared.clone())),
             _ if i < STORES => world.sim.host(name, move || machine.clone().store(shared.clone())),
-            _ => world.sim.host(name, move || machine.clone().caller(shared.clone(), 4)),
+            _ => world.sim.host(name, move || machine.clone().caller(shared.clone(), i as u32 * 4, 4)),
         }
     }
     world.note(&format!(
@@ -287,7 +281,7 @@ fn simulate(seed: u64, trace: bool, key: Option<&str>) -> serde_json::Value {
         world.machines[..STORES].iter().for_each(|m| println!("{}", m.storage.describe(key.as_bytes())));
     }
     let book = book(&shared);
-    let (acknowledged, unknown, refused) = book.history.counts();
+    let tally = book.history.tally();
     let (hash, lines) = book.trace();
     json!({
         "seed": seed,
@@ -295,11 +289,11 @@ fn simulate(seed: u64, trace: bool, key: Option<&str>) -> serde_json::Value {
         "lines": lines,
         "seconds": lasted.as_secs_f64(),
         "acts": plan.acts.len(),
-        "acknowledged": acknowledged,
-        "unknown": unknown,
-        "refused": refused,
-        "reads": book.reads,
-        "longest_ms": book.longest.as_millis() as u64,
+        "acknowledged": tally.acknowledged,
+        "unknown": tally.unknown,
+        "refused": tally.refused,
+        "reads": tally.reads,
+        "longest_ms": tally.longest.as_millis() as u64,
         "violations": book.violations,
     })
 }

@@ -1,7 +1,7 @@
 //! The machines of a simulation and what runs on them: an operator, stores, callers and
 //! one that manages. All is under one seed, on one thread.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -11,12 +11,12 @@ use rand::{Rng, RngExt, SeedableRng, rngs::StdRng};
 use serde_json::Value;
 use tokio_util::sync::CancellationToken;
 use vasto_client::v1::{ApplyRequest, DescribeRequest, ReplaceRequest, ScaleRequest};
-use vasto_client::{Client, Data, Error, Keyspace, Op, Options, Outcome, Stamp};
+use vasto_client::{Client, Error, Keyspace, Op, Options, Outcome};
 use vasto_operator::local;
 use vasto_store::engine::Storage;
+use vasto_tests::history::{self, Event, History, Seen};
 
 use crate::disk::MemoryStorage;
-use crate::history::{Action, Ended, History, Read, Write};
 use crate::net::{self, Quirks, elapsed};
 
 /// The keyspace's name.
@@ -40,13 +40,9 @@ pub enum Wish {
 #[derive(Default)]
 pub struct Book {
     pub history: History,
-    /// When which write was acknowledged, ms.
-    pub acknowledged: Vec<(u64, u64)>,
-    /// When machines lost what was not synced, and needn't have been, ms.
-    pub losses: Vec<u64>,
+    /// When machines lost what was not synced, and needn't have been.
+    pub losses: Vec<Duration>,
     pub violations: Vec<String>,
-    pub longest: Duration,
-    pub reads: u64,
     /// Whether callers write.
     pub load: bool,
     /// Callers under way.
@@ -59,8 +55,6 @@ pub struct Book {
     pub check: bool,
     /// The time, for whoever is no machine.
     pub at: Duration,
-    /// The last stamp that a task was given for its own key.
-    own: BTreeMap<String, Stamp>,
     number: u64,
     hash: u64,
     lines: u64,
@@ -69,7 +63,7 @@ pub struct Book {
 
 impl Book {
     pub fn new(print: bool) -> Self {
-        Self { print, ..Self::default() }
+        Self { print, history: History::new(DEADLINE + LATE), ..Self::default() }
     }
 
     /// A line of the trace.
@@ -88,6 +82,17 @@ impl Book {
     pub fn violation(&mut self, line: String) {
         self.note(&format!("VIOLATION {line}"));
         self.violations.push(line);
+    }
+
+    /// A machine has lost what it was not yet bound to have synced: whether the writes that were answered since
+    /// `since` count, nobody knows.
+    pub fn forgive(&mut self, since: Duration, now: Duration) {
+        self.losses.push(now);
+        for event in self.history.keys.values_mut().flatten() {
+            if matches!(event.outcome, history::Outcome::Acknowledged(_)) && event.returned_at >= since {
+                event.outcome = history::Outcome::Unknown;
+            }
+        }
     }
 
     /// The hash of all lines, and how many there are.
@@ -196,8 +201,8 @@ impl Machine {
                 book.check && book.checked.is_none()
             };
             if wanted {
-                let keys: Vec<String> = book(&shared).history.keys().cloned().collect();
-                let found = crate::check::check(&client, &keys, &shared).await;
+                let history = book(&shared).history.clone();
+                let found = crate::check::check(&client, &history).await;
                 let mut book = book(&shared);
                 book.note(&format!("checked: {found:?}"));
                 book.checked = Some(found);
@@ -206,8 +211,8 @@ impl Machine {
         }
     }
 
-    /// Tasks that write and read until they are told to rest.
-    pub async fn caller(self: Arc<Self>, shared: Shared, tasks: u64) -> turmoil::Result {
+    /// Tasks that write and read until they are told to rest; `first` is the first one's number.
+    pub async fn caller(self: Arc<Self>, shared: Shared, first: u32, tasks: u64) -> turmoil::Result {
         let client = Client::with(self.env(), OPERATOR.to_owned()).deadline(DEADLINE);
         let keyspace = loop {
             match client.keyspace(NAME).await {
@@ -217,8 +222,7 @@ impl Machine {
         };
         for task in 0..tasks {
             let random = StdRng::seed_from_u64(self.seeds.lock().unwrap().next_u64() ^ task);
-            let own = format!("put-{}-{task}", self.name);
-            tokio::spawn(call(keyspace.clone(), shared.clone(), random, own));
+            tokio::spawn(call(keyspace.clone(), shared.clone(), random, first + task as u32));
         }
         std::future::pending().await
     }
@@ -281,8 +285,8 @@ pub fn settled(resource: &Value) -> bool {
         && status("observedGeneration") == resource.pointer("/metadata/generation")
 }
 
-/// `own`: a key that only this task writes, so that it knows the order.
-async fn call(keyspace: Keyspace, shared: Shared, mut random: StdRng, own: String) {
+/// `task` has a key that only it writes, beside those that all write.
+async fn call(keyspace: Keyspace, shared: Shared, mut random: StdRng, task: u32) {
     loop {
         tokio::time::sleep(Duration::from_millis(random.random_range(5..120))).await;
         if !book(&shared).load {
@@ -291,110 +295,71 @@ async fn call(keyspace: Keyspace, shared: Shared, mut random: StdRng, own: Strin
         book(&shared).busy += 1;
         // Mostly one at a time, now and then some together.
         let together = if random.random_ratio(1, 6) { random.random_range(2..6) } else { 1 };
-        let mut ops = Vec::new();
-        let mut asked: Vec<(String, Option<(Action, u64)>)> = Vec::new();
+        let mut asked: Vec<(String, history::Op)> = Vec::new();
         for _ in 0..together {
             let kind = ["put", "sum", "set"][random.random_range(0..3)];
             let key = match kind {
-                "put" if random.random_ratio(1, 3) => own.clone(),
+                "put" if random.random_ratio(1, 3) => format!("put-own-{task}"),
                 _ => format!("{kind}-{}", random.random_range(0..KEYS)),
             };
             // Of several that go together none has a key twice: their order would be nobody's.
             if asked.iter().any(|(other, _)| *other == key) {
                 continue;
             }
-            let mut book = book(&shared);
-            book.number += 1;
-            let number = book.number;
-            let (op, action) = match kind {
-                _ if random.random_ratio(1, 4) => (Op::get(key.clone()), None),
-                "put" if random.random_ratio(1, 4) => (Op::delete(key.clone()), Some(Action::Delete)),
-                "put" => (Op::put(key.clone(), number.to_string()), Some(Action::Put)),
-                "sum" => (Op::add(key.clone(), 1.0), Some(Action::Add)),
-                _ => (Op::append(key.clone(), format!("{number},")), Some(Action::Append)),
+            book(&shared).number += 1;
+            let number = book(&shared).number;
+            let op = match kind {
+                _ if random.random_ratio(1, 4) => history::Op::Get,
+                "put" if random.random_ratio(1, 4) => history::Op::Delete,
+                "put" => history::Op::Put(number.to_string().into()),
+                "sum" => history::Op::Add(1.0),
+                _ => history::Op::Append(format!("{number}\n").into()),
             };
-            if action.is_some() {
-                book.history.begin(&key, number);
-            }
-            ops.push(op.with(Options::new().deadline(DEADLINE)));
-            asked.push((key, action.map(|action| (action, number))));
+            asked.push((key, op));
         }
-        let (began, began_ms) = (tokio::time::Instant::now(), elapsed().as_millis() as u64);
+        let ops: Vec<Op> = asked.iter().map(|(key, op)| to_client(key.clone(), op.clone())).collect();
+        let invoked_at = elapsed();
         let results = keyspace.batch(ops).await;
-        let took = began.elapsed();
+        let returned_at = elapsed();
         let mut book = book(&shared);
-        book.longest = book.longest.max(took);
-        for ((key, write), result) in asked.into_iter().zip(results) {
-            let line = format!("{key} {write:?} -> {result:?} after {} ms", took.as_millis());
-            book.note(&line);
-            if took > DEADLINE + LATE {
-                book.violation(format!("too late: {line}"));
+        for ((key, op), result) in asked.into_iter().zip(results) {
+            book.note(&format!("{key} {op:?} -> {result:?} after {:?}", returned_at - invoked_at));
+            let mut outcome = outcome(&op, result);
+            // The answer was on its way while a machine lost what it says.
+            let lost = book.losses.iter().any(|at| *at >= invoked_at);
+            if lost && matches!(outcome, history::Outcome::Acknowledged(_)) {
+                outcome = history::Outcome::Unknown;
             }
-            match write {
-                None => {
-                    book.reads += 1;
-                    if let Ok(outcome) = result {
-                        let read = self::read(&key, outcome);
-                        let wrong = match &read {
-                            Ok(read) => book.history.impossible(&key, read),
-                            Err(error) => Some(error.clone()),
-                        };
-                        if let Some(wrong) = wrong {
-                            book.violation(wrong);
-                        }
-                    }
-                }
-                Some((action, number)) => {
-                    let mut ended = ended(action, &result);
-                    // The answer was on its way while a machine lost what it says.
-                    if matches!(ended, Ended::Acknowledged(_)) && book.losses.iter().any(|at| *at >= began_ms) {
-                        ended = Ended::Unknown;
-                    }
-                    if let Ended::Acknowledged(stamp) = ended {
-                        let before = if key == own { book.own.insert(own.clone(), stamp) } else { None };
-                        if before.is_some_and(|before| before >= stamp) {
-                            book.violation(format!("a caller's own order is lost: {line}, after {before:?}"));
-                        }
-                        let at = elapsed().as_millis() as u64;
-                        book.acknowledged.push((at, number));
-                    }
-                    book.history.end(&key, Write { number, action, ended });
-                }
-            }
+            let event = Event { client: task, op, invoked_at, returned_at, replica: None, outcome };
+            book.history.record(key.into(), event);
         }
         book.busy -= 1;
     }
 }
 
-fn ended(action: Action, result: &Result<Outcome, Error>) -> Ended {
-    let merge = matches!(action, Action::Add | Action::Append);
-    match result {
-        Ok(Outcome::Written(stamp)) => Ended::Acknowledged(*stamp),
-        Ok(_) => Ended::Acknowledged(Stamp::default()),
-        Err(Error::Unknown(_) | Error::Deadline { .. }) => Ended::Unknown,
-        Err(Error::Unavailable { .. }) if !merge => Ended::Unknown,
-        Err(_) => Ended::Refused,
-    }
-}
-
-/// What a get's answer says of this key.
-pub fn read(key: &str, outcome: Outcome) -> Result<Read, String> {
-    let value = match outcome {
-        Outcome::Nothing => return Ok(Read::Nothing),
-        Outcome::Found(value) => value,
-        Outcome::Written(_) => return Err(format!("{key}: a get was answered as a write")),
+fn to_client(key: String, op: history::Op) -> Op {
+    let op = match op {
+        history::Op::Put(value) => Op::put(key, value),
+        history::Op::Delete => Op::delete(key),
+        history::Op::Add(number) => Op::add(key, number),
+        history::Op::Append(bytes) => Op::append(key, bytes),
+        history::Op::Get => Op::get(key),
     };
-    let number = |text: &str| text.parse::<u64>().map_err(|_| format!("{key} reads {text:?}"));
-    match (key.get(..3), &value.data) {
-        (Some("sum"), Data::Number(sum)) => Ok(Read::Sum(*sum)),
-        (Some("put"), Data::Bytes(bytes)) => Ok(Read::Put(number(&String::from_utf8_lossy(bytes))?, value.stamp)),
-        (Some("set"), Data::Bytes(bytes)) => {
-            let text = String::from_utf8_lossy(bytes);
-            text.split_terminator(',').map(number).collect::<Result<_, _>>().map(Read::Set)
-        }
-        _ => Err(format!("{key} reads {value:?}")),
+    op.with(Options::new().deadline(DEADLINE))
+}
+
+fn outcome(op: &history::Op, result: Result<Outcome, Error>) -> history::Outcome {
+    let merge = matches!(op, history::Op::Add(_) | history::Op::Append(_));
+    match result {
+        Ok(Outcome::Written(stamp)) => history::Outcome::Acknowledged(stamp),
+        Ok(read) => history::Outcome::Read(seen(read)),
+        Err(Error::Unknown(_) | Error::Deadline { .. }) => history::Outcome::Unknown,
+        Err(Error::Unavailable { .. }) if !merge => history::Outcome::Unknown,
+        Err(_) => history::Outcome::Refused,
     }
 }
 
-/// What is held against what, so that nobody's map is iterated in an order of its own.
-pub type Sorted<K, V> = BTreeMap<K, V>;
+/// What a get's answer says.
+pub fn seen(outcome: Outcome) -> Seen {
+    outcome.value().map(|value| (value.data, value.stamp))
+}
