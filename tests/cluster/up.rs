@@ -150,7 +150,7 @@ fn a_dump_loads_back_to_the_same_map() {
 }
 
 #[test]
-fn a_full_disk_refuses_writes_and_serves_what_it_has() {
+fn a_full_disk_refuses_writes_serves_what_it_has_and_is_cured_by_growing() {
     // A small tmpfs of its own, in a mount namespace of its own: needs no root where user namespaces are allowed.
     let folder = tempfile::tempdir().unwrap();
     let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
@@ -202,6 +202,23 @@ fn a_full_disk_refuses_writes_and_serves_what_it_has() {
     for i in 0..kept {
         let (code, out, err) = vasto(&["get", "words", &format!("key-{i}"), "--output", "json"]);
         assert!(code == 0 && !out.is_empty(), "key-{i}: {err}");
+    }
+    // The volume grows under the running store, as Kubernetes does it.
+    let mut grow = Command::new("nsenter");
+    grow.args(["-t", &child.id().to_string(), "-m"]);
+    if !nix::unistd::Uid::effective().is_root() {
+        grow.args(["-U", "--preserve-credentials"]);
+    }
+    grow.args(["mount", "-o", "remount,size=256m"]).arg(folder.path().join("data"));
+    assert!(grow.status().unwrap().success());
+    let deadline = Instant::now() + Duration::from_secs(30);
+    loop {
+        let (code, _, err) = vasto(&["put", "words", "after", "x"]);
+        if code == 0 {
+            break;
+        }
+        assert!(Instant::now() < deadline, "writes are still refused: {err}");
+        std::thread::sleep(Duration::from_millis(50));
     }
     child.kill().unwrap();
     child.wait().unwrap();

@@ -19,3 +19,20 @@ fn what_was_promised_holds_whatever_goes_wrong() {
 fn a_seed_leaves_the_same_trace_each_time() {
     simulate(&["--seeds", "20", "--from", "1000000", "--twice"]);
 }
+
+/// tests/mutations/run shows that each is noticed; here only that none has gone stale.
+#[test]
+fn every_mistake_of_tests_mutations_still_applies() {
+    let patches: Vec<_> = std::fs::read_dir("mutations")
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| path.extension().is_some_and(|e| e == "patch"))
+        .collect();
+    assert!(patches.len() >= 20, "{} patches", patches.len());
+    for patch in patches {
+        let mut git = Command::new("git");
+        let output =
+            git.args(["apply", "--check"]).arg(patch.canonicalize().unwrap()).current_dir("..").output().unwrap();
+        assert!(output.status.success(), "{}: {}", patch.display(), String::from_utf8_lossy(&output.stderr));
+    }
+}
