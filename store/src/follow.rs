@@ -279,13 +279,14 @@ async fn once(keyspace: &Arc<Keyspace>, replica: &Arc<Replica>, source: u64, sto
         .max_encoding_message_size(crate::MESSAGE_LIMIT);
     let position = replica.progress.position(source).unwrap_or_default();
     let (requests, stream) = mpsc::channel(16);
+    let version = keyspace.version();
     let start = FollowStart {
         keyspace: keyspace.uid().to_owned(),
         source,
         follower: replica.id,
         epoch: position.epoch,
         seq: position.seq,
-        version: keyspace.version(),
+        version,
         origin: replica.origin,
     };
     let _ = requests.send(FollowRequest { message: Some(follow_request::Message::Start(start)) }).await;
@@ -326,7 +327,7 @@ async fn once(keyspace: &Arc<Keyspace>, replica: &Arc<Replica>, source: u64, sto
                 let before = replica.progress.position(source).map_or(0, |p| p.seq);
                 let (seq, last) = (batch.seq, batch.last_seq);
                 if seq != before || !batch.records.is_empty() {
-                    apply(replica, source, epoch, batch).await?;
+                    apply(replica, source, epoch, version, batch).await?;
                 }
                 replica.progress.update_source(source, |s| {
                     s.lag = last.saturating_sub(seq);
@@ -337,7 +338,7 @@ async fn once(keyspace: &Arc<Keyspace>, replica: &Arc<Replica>, source: u64, sto
     }
 }
 
-async fn apply(replica: &Replica, source: u64, epoch: u64, batch: FollowBatch) -> Result<(), Broken> {
+async fn apply(replica: &Replica, source: u64, epoch: u64, version: u64, batch: FollowBatch) -> Result<(), Broken> {
     let mut records = Vec::with_capacity(batch.records.len());
     for shipped in batch.records {
         let record = Record::decode(shipped.record).map_err(|e| Broken::Apply(e.to_string()))?;
@@ -348,6 +349,7 @@ async fn apply(replica: &Replica, source: u64, epoch: u64, batch: FollowBatch) -
         records,
         positions: vec![Position { replica: source, epoch, seq: batch.seq }],
         clock: batch.clock,
+        version,
     };
     replica.apply(batch).await.map_err(|refused| Broken::Apply(refused.message))
 }

@@ -336,7 +336,6 @@ impl Keyspace {
         }
         let changed = topology.version != version_of(&known);
         let topology = Arc::new(topology);
-        self.update.send_replace(Arc::new(update));
         if changed {
             tracing::debug!(
                 keyspace = self.uid,
@@ -349,6 +348,10 @@ impl Keyspace {
                 replica.set_settings(settings.clone());
                 replica.install(topology.clone()).await;
             }
+        }
+        // After the writers know: who follows by it must find them ready for what comes.
+        self.update.send_replace(Arc::new(update));
+        if changed {
             self.reconcile(&topology).await;
             self.installed.store(topology.version, Ordering::Release);
         }

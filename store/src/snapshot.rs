@@ -494,6 +494,7 @@ pub async fn join_from(
     store: &str,
 ) -> Result<(), Error> {
     let from = Origin { replica: source, store: store.to_owned() };
+    let version = keyspace.version();
     let mut reader = Reader::new(keyspace.clone(), from, replica.id, false);
     let total = reader.begin().await?.records_total;
     replica.progress.update_source(source, |s| s.records_total = total);
@@ -503,7 +504,7 @@ pub async fn join_from(
             Part::Records(records) => {
                 let count = records.len() as u64;
                 let bytes: usize = records.iter().map(|(k, r)| k.len() + r.size()).sum();
-                replica.apply(PeerBatch { records, ..PeerBatch::default() }).await.map_err(store_error)?;
+                replica.apply(PeerBatch { records, version, ..PeerBatch::default() }).await.map_err(store_error)?;
                 replica.progress.update_source(source, |s| {
                     s.records += count;
                     s.bytes += bytes as u64;
@@ -521,6 +522,6 @@ pub async fn join_from(
             p.replica == source || replica.progress.position(p.replica).is_none_or(|mine| mine.epoch != p.epoch)
         })
         .collect();
-    let batch = PeerBatch { positions, clock: reader.clock, ..PeerBatch::default() };
+    let batch = PeerBatch { positions, clock: reader.clock, version, ..PeerBatch::default() };
     replica.apply(batch).await.map_err(store_error)
 }

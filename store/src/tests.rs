@@ -110,6 +110,7 @@ fn from_peer(key: &str, record: Record, seq: u64) -> PeerBatch {
         records: vec![(Bytes::copy_from_slice(key.as_bytes()), record)],
         positions: vec![Position { replica: PEER, epoch: 1, seq }],
         clock: 0,
+        version: 1,
     }
 }
 
@@ -260,6 +261,20 @@ async fn a_fence_refuses_what_moved_away_and_outlives_a_restart() {
     let again = open(copy.path(), &change(3, Phase::Fence));
     assert_eq!(again.progress.fence(), fence);
     assert_eq!(put(&again, &key).await.unwrap_err().code, FailureCode::WrongShard);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_asked_for_under_a_topology_that_the_writer_does_not_know_is_refused_not_dropped() {
+    let dir = tempfile::tempdir().unwrap();
+    let key = (0..).map(|i| format!("key-{i}")).find(|k| jump_hash(partition_hash(k.as_bytes()), 2) == 1).unwrap();
+    let replica = open(dir.path(), &stable(1, &[&[ME], &[PEER]]));
+    let gained = || PeerBatch { version: 2, ..from_peer(&key, record(&key, 1, Content::Bytes("x".into())), 10) };
+    // It is about to own all keys, and its writer has not heard of that yet.
+    assert_eq!(replica.apply(gained()).await.unwrap_err().code, FailureCode::NotReady);
+    assert_eq!(replica.progress.position(PEER), None, "what was refused comes again");
+    replica.install(stable(2, &[&[ME]])).await;
+    replica.apply(gained()).await.unwrap();
+    assert!(replica.engine.row(key.as_bytes()).unwrap().is_some());
 }
 
 #[tokio::test(flavor = "multi_thread")]

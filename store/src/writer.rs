@@ -69,6 +69,9 @@ pub struct PeerBatch {
     pub positions: Vec<Position>,
     /// The peer's clock.
     pub clock: u64,
+    /// The topology under which all this was asked for. A writer that knows only an older one would drop, as
+    /// foreign, what its replica is about to own.
+    pub version: u64,
 }
 
 /// What the queue holds.
@@ -414,6 +417,13 @@ impl Writer {
         }
         if self.full {
             return Err(Refused::new(FailureCode::NoSpace, "the disk is full".to_string()));
+        }
+        if peer.version > self.topology.version {
+            let message = format!(
+                "topology version {} is not known to the writer yet, only {}",
+                peer.version, self.topology.version
+            );
+            return Err(Refused::new(FailureCode::NotReady, message));
         }
         self.clock.observe(peer.clock);
         let ahead_ms = Clock::ahead_ms(self.clock.last(), self.env.now_ms());
