@@ -241,7 +241,7 @@ fn simulate(seed: u64, trace: bool, key: Option<&str>) -> serde_json::Value {
     let folder = if here.is_dir() { tempfile::tempdir_in(here) } else { tempfile::tempdir() }.unwrap();
     let sim = turmoil::Builder::new()
         .rng_seed(seed)
-        .tick_duration(Duration::from_millis(2))
+        .tick_duration(Duration::from_millis(5))
         .simulation_duration(Duration::from_secs(3_600))
         .min_message_latency(Duration::from_millis(1))
         .max_message_latency(Duration::from_millis(10))
