@@ -3,7 +3,7 @@
 //! the way. The same with a conflict at each write, and with watches that are cut all the time.
 
 use std::any::Any;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -14,7 +14,7 @@ use serde_json::{Map, Value};
 
 use crate::bench::{Bench, Operator, settled};
 use crate::normal;
-use crate::tap::{Strike, Write};
+use crate::tap::{Moment, Strike, Write};
 
 /// Lives that are lived at once.
 const AT_ONCE: usize = 8;
@@ -121,13 +121,38 @@ async fn data(bench: &Bench, leg: Leg) {
     }
 }
 
-/// A whole life in which the operator is struck like this in each leg: how often it died.
-async fn life(label: String, strike: Strike, reference: Arc<Reference>) -> usize {
+/// What goes wrong in a life.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Trouble {
+    /// In each leg the operator dies before what was the n-th write of an undisturbed life (from 0 on).
+    Before(usize),
+    /// Likewise after it.
+    After(usize),
+    Conflicts,
+}
+
+impl Trouble {
+    fn strike(self, writes: &[Write]) -> Strike {
+        let moment = |number: usize| {
+            let kind = writes.get(number)?.kind();
+            let n = writes[..=number].iter().filter(|write| write.kind() == kind).count();
+            Some(Moment { kind, n })
+        };
+        match self {
+            Self::Before(number) => moment(number).map_or(Strike::Never, Strike::Before),
+            Self::After(number) => moment(number).map_or(Strike::Never, Strike::After),
+            Self::Conflicts => Strike::Conflicts,
+        }
+    }
+}
+
+/// A whole life with this trouble in each leg: when the operator died.
+async fn life(label: String, trouble: Trouble, reference: Arc<Reference>) -> Vec<(Leg, Moment)> {
     let bench = Bench::new(&label).await;
-    let mut operator = bench.operator_named("operator-0", strike);
-    let mut deaths = 0;
+    let mut operator = bench.operator_named("operator-0", Strike::Never);
+    let mut deaths = Vec::new();
     for (number, leg) in LEGS.into_iter().enumerate() {
-        operator.tap.reset(strike);
+        operator.tap.reset(trouble.strike(&reference[&leg].1));
         leg.begin(&bench).await;
         let over = async {
             leg.ended(&bench).await;
@@ -140,8 +165,8 @@ async fn life(label: String, strike: Strike, reference: Arc<Reference>) -> usize
         // What comes yet is of no leg.
         operator.tap.reset(Strike::Never);
         if died || operator.tap.is_dead() {
-            deaths += 1;
-            operator = successor(&bench, operator, strike, number);
+            deaths.extend(operator.tap.struck().map(|moment| (leg, moment)));
+            operator = successor(&bench, operator, trouble, number);
             leg.ended(&bench).await;
             same(&bench, leg, &reference, &operator).await;
         }
@@ -152,11 +177,11 @@ async fn life(label: String, strike: Strike, reference: Arc<Reference>) -> usize
 }
 
 /// The next operator: after a death before a write the same pod with a new process, else another pod.
-fn successor(bench: &Bench, dead: Operator, strike: Strike, number: usize) -> Operator {
+fn successor(bench: &Bench, dead: Operator, trouble: Trouble, number: usize) -> Operator {
     dead.tap.clean();
     dead.kill();
-    match strike {
-        Strike::Before(_) => bench.operator_named("operator-0", Strike::Never),
+    match trouble {
+        Trouble::Before(_) => bench.operator_named("operator-0", Strike::Never),
         _ => bench.operator_named(&format!("operator-{}", number + 1), Strike::Never),
     }
 }
@@ -204,52 +229,56 @@ fn words(panic: &(dyn Any + Send)) -> String {
     text.or_else(|| panic.downcast_ref::<&str>().map(|t| (*t).to_owned())).unwrap_or_default()
 }
 
-/// Lives all these lives; says which failed and why.
-async fn live(strikes: Vec<(String, Strike)>, reference: Arc<Reference>) -> usize {
+/// Lives all these lives; says which failed and why, and when an operator died before or after a write.
+async fn live(troubles: Vec<(String, Trouble)>, reference: Arc<Reference>) -> BTreeSet<(Leg, Moment, bool)> {
     let began = Instant::now();
-    let count = strikes.len();
-    let lives = strikes.into_iter().map(|(label, strike)| {
+    let count = troubles.len();
+    let lives = troubles.into_iter().map(|(label, trouble)| {
         let reference = reference.clone();
         async move {
-            let lived = AssertUnwindSafe(life(label.clone(), strike, reference)).catch_unwind().await;
-            (label, lived.map_err(|panic| words(&*panic)))
+            let lived = AssertUnwindSafe(life(label.clone(), trouble, reference)).catch_unwind().await;
+            let early = matches!(trouble, Trouble::Before(_));
+            let lived = lived.map(|deaths| deaths.into_iter().map(|(leg, at)| (leg, at, early)).collect::<Vec<_>>());
+            lived.map_err(|panic| (label, words(&*panic)))
         }
     });
-    let outcomes: Vec<(String, Result<usize, String>)> =
-        futures::stream::iter(lives).buffer_unordered(AT_ONCE).collect().await;
-    let deaths: usize = outcomes.iter().filter_map(|(_, o)| o.as_ref().ok()).sum();
-    let failed: Vec<&(String, Result<usize, String>)> = outcomes.iter().filter(|(_, o)| o.is_err()).collect();
-    println!("{count} lives with {deaths} deaths in {:.0} s", began.elapsed().as_secs_f64());
+    let (mut deaths, mut failed) = (Vec::new(), Vec::new());
+    let mut lives = futures::stream::iter(lives).buffer_unordered(AT_ONCE);
+    while let Some(lived) = lives.next().await {
+        match lived {
+            Ok(more) => deaths.extend(more),
+            Err(why) => failed.push(why),
+        }
+    }
+    println!("{count} lives with {} deaths in {:.0} s", deaths.len(), began.elapsed().as_secs_f64());
     for (label, why) in failed.iter().take(5) {
-        println!("FAILED {label}: {}", why.as_ref().unwrap_err());
+        println!("FAILED {label}: {why}");
     }
     let names: Vec<&String> = failed.iter().map(|(label, _)| label).collect();
     assert!(failed.is_empty(), "{} of {count} lives went wrong: {names:?}", failed.len());
-    deaths
+    deaths.into_iter().collect()
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn at_every_single_write() {
     let reference = Arc::new(undisturbed().await);
-    for (leg, (_, writes)) in reference.iter() {
-        println!("{leg:?}: {} writes", writes.len());
-        for (number, write) in writes.iter().enumerate() {
-            println!("  {:2} {}", number + 1, write.brief());
-        }
-    }
-    // Timing makes some more or fewer writes.
-    let most = reference.values().map(|(_, writes)| writes.len()).max().unwrap() + 2;
-    let strikes =
-        (1..=most).flat_map(|n| [(format!("before-{n}"), Strike::Before(n)), (format!("after-{n}"), Strike::After(n))]);
-    let deaths = live(strikes.collect(), reference.clone()).await;
-    let writes: usize = reference.values().map(|(_, writes)| writes.len()).sum();
-    assert!(deaths + LEGS.len() * 4 >= 2 * writes, "{deaths} deaths for {writes} writes");
+    let most = reference.values().map(|(_, writes)| writes.len()).max().unwrap();
+    let troubles = (0..most)
+        .flat_map(|n| [(format!("before-{n}"), Trouble::Before(n)), (format!("after-{n}"), Trouble::After(n))])
+        .collect();
+    let deaths = live(troubles, reference.clone()).await;
+    // How often a kind is written, time decides; once it always is.
+    let kinds = reference.iter().flat_map(|(leg, (_, writes))| writes.iter().map(|write| (*leg, write.kind())));
+    let firsts = kinds.map(|(leg, kind)| (leg, Moment { kind, n: 1 }));
+    let both = firsts.flat_map(|(leg, moment)| [(leg, moment.clone(), true), (leg, moment, false)]);
+    let spared: BTreeSet<_> = both.filter(|death| !deaths.contains(death)).collect();
+    assert!(spared.is_empty(), "nobody died before (true) or after (false) these writes: {spared:#?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_conflict_at_each_write() {
     let reference = Arc::new(undisturbed().await);
-    live(vec![("conflicts".to_owned(), Strike::Conflicts)], reference).await;
+    live(vec![("conflicts".to_owned(), Trouble::Conflicts)], reference).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -15,17 +15,24 @@ use tonic::codegen::http::{Method, Request, Response, StatusCode};
 use tower::{BoxError, Layer, Service};
 
 /// What happens at a write.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Strike {
     /// Nothing.
     #[default]
     Never,
-    /// The operator dies before the n-th write (from 1 on) is sent.
-    Before(usize),
-    /// It dies after the n-th was done, before it learns that.
-    After(usize),
+    /// The operator dies before this write is sent.
+    Before(Moment),
+    /// It dies after this one was done, before it learns that.
+    After(Moment),
     /// Every second write finds that its object has changed meanwhile.
     Conflicts,
+}
+
+/// The n-th write (from 1 on) of a kind. Not the n-th of all: how often progress is written, time decides.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Moment {
+    pub kind: String,
+    pub n: usize,
 }
 
 /// One write.
@@ -49,6 +56,14 @@ impl Write {
         self.counts() && self.method == "PATCH" && !(says("uid") && says("resourceVersion"))
     }
 
+    /// What it writes, whatever the namespace and the topology's version.
+    pub fn kind(&self) -> String {
+        let phase = self.body.pointer("/status/phase").and_then(Value::as_str).unwrap_or_default();
+        let (_, object) = self.path.split_once("/namespaces/").unwrap_or_default();
+        let (_, object) = object.split_once('/').unwrap_or_default();
+        format!("{} {object} {phase}", self.method).trim_end().to_owned()
+    }
+
     /// In one line.
     pub fn brief(&self) -> String {
         let phase = self.body.pointer("/status/phase").and_then(Value::as_str).unwrap_or_default();
@@ -66,6 +81,8 @@ struct State {
     careless: Vec<Write>,
     /// Requests that were refused for want of rights.
     forbidden: Vec<String>,
+    /// When it struck dead.
+    struck: Option<Moment>,
     dead: bool,
 }
 
@@ -122,6 +139,11 @@ impl Tap {
         let _ = died.wait_for(|died| *died).await;
     }
 
+    /// When it struck dead, if it did.
+    pub fn struck(&self) -> Option<Moment> {
+        self.state().struck.clone()
+    }
+
     pub fn is_dead(&self) -> bool {
         self.state().dead
     }
@@ -151,14 +173,20 @@ impl Tap {
         if write.method == "DELETE" && write.body.pointer("/preconditions/uid").is_none_or(Value::is_null) {
             state.careless.push(write.clone());
         }
+        let kind = write.kind();
         state.writes.push(write);
-        let number = state.writes.len();
-        match state.strike {
-            Strike::Before(n) if n == number => Fate::DiesBefore,
-            Strike::After(n) if n == number => Fate::DiesAfter,
+        let n = state.writes.iter().filter(|other| other.kind() == kind).count();
+        let (number, now) = (state.writes.len(), Moment { kind, n });
+        let fate = match &state.strike {
+            Strike::Before(moment) if *moment == now => Fate::DiesBefore,
+            Strike::After(moment) if *moment == now => Fate::DiesAfter,
             Strike::Conflicts if number % 2 == 1 => Fate::Conflict,
             _ => Fate::Sent,
+        };
+        if matches!(fate, Fate::DiesBefore | Fate::DiesAfter) {
+            state.struck = Some(now);
         }
+        fate
     }
 }
 
