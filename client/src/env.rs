@@ -5,12 +5,27 @@
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use futures::{Stream, StreamExt, stream};
 use tokio::sync::mpsc;
 use tonic::transport::{Channel, Endpoint};
 
 type Dial = dyn Fn(&str) -> Result<Channel, tonic::transport::Error> + Send + Sync;
 /// How long the next piece of work takes.
 type Pace = dyn Fn() -> Duration + Send + Sync;
+/// What becomes of the next message of a stream.
+type Fate = dyn Fn() -> Delivery + Send + Sync;
+
+/// How a message of a stream comes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Delivery {
+    /// Once, in its turn.
+    #[default]
+    InTurn,
+    /// A second time.
+    Twice,
+    /// Behind the next one.
+    Late,
+}
 
 /// What a part of Vasto takes from the world. Cheap to clone.
 #[derive(Clone)]
@@ -20,6 +35,8 @@ pub struct Env {
     dial: Arc<Dial>,
     /// Where set, all is done on the caller's own thread, and takes so long.
     inline: Option<Arc<Pace>>,
+    /// Where set, streams between stores are not as TCP would have them.
+    unruly: Option<Arc<Fate>>,
 }
 
 /// Work that blocked did not end: it panicked.
@@ -43,12 +60,36 @@ impl Env {
         random: impl Fn() -> u64 + Send + Sync + 'static,
         dial: impl Fn(&str) -> Result<Channel, tonic::transport::Error> + Send + Sync + 'static,
     ) -> Self {
-        Self { now_ms: Arc::new(now_ms), random: Arc::new(random), dial: Arc::new(dial), inline: None }
+        Self { now_ms: Arc::new(now_ms), random: Arc::new(random), dial: Arc::new(dial), inline: None, unruly: None }
     }
 
     /// The same on one thread: work that blocks is done where it is asked for, after a wait of `pace`.
     pub fn on_one_thread(self, pace: impl Fn() -> Duration + Send + Sync + 'static) -> Self {
         Self { inline: Some(Arc::new(pace)), ..self }
+    }
+
+    /// The same where messages of streams are delivered so.
+    pub fn unruly(self, fate: impl Fn() -> Delivery + Send + Sync + 'static) -> Self {
+        Self { unruly: Some(Arc::new(fate)), ..self }
+    }
+
+    /// What comes of a stream between stores. No network repeats or reorders a stream's messages, but a receiver
+    /// is not to rely on that: a simulation does both.
+    pub fn deliver<T: Clone + Send>(&self, stream: impl Stream<Item = T> + Send) -> impl Stream<Item = T> + Send {
+        let fate = self.unruly.clone();
+        let mut held = None;
+        stream.flat_map(move |message| {
+            let delivery = fate.as_ref().map_or(Delivery::InTurn, |fate| fate());
+            let out = match (delivery, held.take()) {
+                (Delivery::Late, None) => {
+                    held = Some(message);
+                    [None, None]
+                }
+                (Delivery::Twice, None) => [Some(message.clone()), Some(message)],
+                (_, late) => [Some(message), late],
+            };
+            stream::iter(out.into_iter().flatten())
+        })
     }
 
     /// Whether everything is to run on the caller's thread.

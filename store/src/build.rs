@@ -270,17 +270,19 @@ fn append(folder: &Path, part: &SnapshotFile) -> std::io::Result<()> {
     Ok(())
 }
 
-struct Birth {
-    births: Vec<Position>,
-    positions: BTreeMap<u64, Position>,
-    clock: u64,
-    seq: u64,
-    epoch: u64,
-    horizon: u64,
+/// What a replica begins with.
+pub(crate) struct Birth {
+    pub births: Vec<Position>,
+    pub positions: BTreeMap<u64, Position>,
+    /// Not behind any stamp in what was copied.
+    pub clock: u64,
+    pub seq: u64,
+    pub epoch: u64,
+    pub horizon: u64,
 }
 
 impl Birth {
-    fn write(self, engine: &Engine, id: u64) -> Result<(), engine::Error> {
+    pub(crate) fn write(self, engine: &Engine, id: u64) -> Result<(), engine::Error> {
         let mut batch = Batch::default();
         batch.put_id(id);
         batch.put_ceilings(self.clock, self.seq);

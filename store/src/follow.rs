@@ -170,7 +170,7 @@ async fn send(
     let mut updates = keyspace.updates();
     let mut writes = replica.progress.writes();
     let (mut seq, mut version) = (start.seq, start.version);
-    let mut told = 0;
+    let (mut told, mut number) = (0, 0);
     loop {
         let last_seq = *writes.borrow_and_update();
         let update = updates.borrow_and_update().clone();
@@ -215,6 +215,7 @@ async fn send(
             let mut newer = newer;
             let mut messages = in_messages(page.records).into_iter().peekable();
             while let Some(records) = messages.next() {
+                number += 1;
                 let batch = FollowBatch {
                     records,
                     // The position moves only once all of the page has come.
@@ -222,6 +223,7 @@ async fn send(
                     last_seq: last_seq.max(seq),
                     clock: replica.progress.clock(),
                     origin: replica.origin,
+                    number,
                 };
                 if out.send(Ok(respond(follow_response::Message::Batch(batch), newer.take()))).await.is_err() {
                     return;
@@ -265,6 +267,8 @@ enum Broken {
     NotReady(String),
     #[error("silent for {SILENCE:?}")]
     Silent,
+    #[error("batch {0} came where {1} was due")]
+    Gap(u64, u64),
     #[error("can't apply: {0}")]
     Apply(String),
     #[error("snapshot: {0}")]
@@ -290,7 +294,9 @@ async fn once(keyspace: &Arc<Keyspace>, replica: &Arc<Replica>, source: u64, sto
         origin: replica.origin,
     };
     let _ = requests.send(FollowRequest { message: Some(follow_request::Message::Start(start)) }).await;
-    let mut responses = client.follow(ReceiverStream::new(stream)).await?.into_inner();
+    let responses = client.follow(ReceiverStream::new(stream)).await?.into_inner();
+    let mut responses = std::pin::pin!(keyspace.env().deliver(responses));
+    let mut due = 1;
     let mut synced = replica.progress.synced();
     let mut confirmed = 0;
     let epoch = position.epoch;
@@ -324,13 +330,18 @@ async fn once(keyspace: &Arc<Keyspace>, replica: &Arc<Replica>, source: u64, sto
                 return catch_up(keyspace, replica, source, store, required).await;
             }
             Some(follow_response::Message::Batch(batch)) => {
+                // The position that a batch brings covers those before it.
+                if batch.number > due {
+                    return Err(Broken::Gap(batch.number, due));
+                }
+                due = due.max(batch.number + 1);
                 let before = replica.progress.position(source).map_or(0, |p| p.seq);
                 let (seq, last) = (batch.seq, batch.last_seq);
                 if seq != before || !batch.records.is_empty() {
                     apply(replica, source, epoch, version, batch).await?;
                 }
                 replica.progress.update_source(source, |s| {
-                    s.lag = last.saturating_sub(seq);
+                    s.lag = last.saturating_sub(seq.max(before));
                     s.epoch = epoch;
                 });
             }
@@ -344,10 +355,13 @@ async fn apply(replica: &Replica, source: u64, epoch: u64, version: u64, batch: 
         let record = Record::decode(shipped.record).map_err(|e| Broken::Apply(e.to_string()))?;
         records.push((shipped.key, record));
     }
+    // One that comes a second time takes nothing back.
+    let known = replica.progress.position(source).is_some_and(|p| p.epoch == epoch && p.seq > batch.seq);
+    let position = (!known).then_some(Position { replica: source, epoch, seq: batch.seq });
     let batch = PeerBatch {
         from: batch.origin,
         records,
-        positions: vec![Position { replica: source, epoch, seq: batch.seq }],
+        positions: position.into_iter().collect(),
         clock: batch.clock,
         version,
     };

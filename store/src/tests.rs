@@ -5,6 +5,7 @@
 mod repair;
 mod whole;
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -17,6 +18,7 @@ use vasto_client::v1::{
     Assignment, FailureCode, FollowStart, Phase, Position, Shard, SnapshotRequired, Topology, View,
 };
 
+use crate::build::Birth;
 use crate::engine::{Batch, Engine, RocksStorage};
 use crate::follow;
 use crate::merge::{Change, Limits, LocalOp};
@@ -365,6 +367,31 @@ async fn a_clock_passes_every_stamp_that_is_stored_and_every_sessions() {
     assert!(one(&replica, after(near)).await.unwrap().time > near);
     // But a caller can't push the shard's clocks to the end of time.
     assert_eq!(one(&replica, after(u64::MAX)).await.unwrap_err().code, FailureCode::NotReady);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_copied_replicas_clock_is_not_behind_what_it_copied() {
+    let dir = tempfile::tempdir().unwrap();
+    Replica::create(dir.path(), ME, 0).unwrap();
+    let clock = time_of(Env::real().now_ms() + 3_600_000);
+    let birth = Birth { births: Vec::new(), positions: BTreeMap::new(), clock, seq: 5, epoch: 9, horizon: 0 };
+    birth.write(&Engine::open(&dir.path().join("db"), &*context().storage).unwrap(), ME).unwrap();
+    let replica = open(dir.path(), &stable(1, &[&[ME]]));
+    // A put does not look at what is there: its stamp alone must make it the newest.
+    assert!(put(&replica, "key").await.unwrap().time > clock);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_peer_gave_is_confirmed_only_once_it_is_synced() {
+    let dir = tempfile::tempdir().unwrap();
+    let replica = open(dir.path(), &stable(1, &[&[ME, PEER]]));
+    // The first write syncs the ceilings, and all else with them.
+    put(&replica, "first").await.unwrap();
+    replica.apply(from_peer("key", record("key", 1, Content::Nothing), 10)).await.unwrap();
+    assert_eq!(replica.progress.position(PEER).map(|p| p.seq), Some(10));
+    assert_eq!(replica.progress.synced_position(PEER), None, "a crash now would take it");
+    replica.sync();
+    assert_eq!(replica.progress.synced_position(PEER).map(|p| p.seq), Some(10));
 }
 
 #[tokio::test(flavor = "multi_thread")]

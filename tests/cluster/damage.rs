@@ -160,7 +160,9 @@ impl Damage {
         let (mut answered, mut failed) = (0, 0);
         let mut reads = self.history.clone();
         for at in self.replicas(store).await {
-            let Ok(mut pinned) = Pinned::connect(at.clone(), PATIENCE).await else { continue };
+            let Ok(mut pinned) = Pinned::connect(&vasto_client::Env::real(), at.clone(), PATIENCE).await else {
+                continue;
+            };
             let keys: Vec<Bytes> = self.history.keys.keys().filter(|key| is_of(key, &at)).cloned().collect();
             let gets = keys.iter().map(|key| (key.clone(), operation::Kind::Get(Get {}))).collect();
             let Ok(answers) = pinned.ask(gets, None).await else { continue };
@@ -241,7 +243,7 @@ fn owned(base: &str, at: &At) -> Bytes {
 async fn connected(at: &At) -> Pinned {
     let deadline = Instant::now() + Duration::from_secs(30);
     loop {
-        match Pinned::connect(at.clone(), PATIENCE).await {
+        match Pinned::connect(&vasto_client::Env::real(), at.clone(), PATIENCE).await {
             Ok(pinned) => return pinned,
             Err(error) => assert!(Instant::now() < deadline, "{}: {error:#}", at.address),
         }

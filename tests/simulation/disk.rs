@@ -1,5 +1,5 @@
 //! Databases in memory that keep synced and unsynced writes apart: a crash of the machine
-//! takes some of what was not synced, always from the end.
+//! takes some of what was not synced, always from the end, and so does a sync that fails.
 //!
 //! Small files are real ones (a topology, a replica's name): they are written durably.
 
@@ -8,13 +8,20 @@ use std::fmt::Write as _;
 use std::io;
 use std::ops::Bound;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
 
 use bytes::Bytes;
 use prost::Message;
 use rand::{RngExt, SeedableRng, rngs::StdRng};
-use vasto_client::v1::Disk;
+use vasto_client::v1;
 use vasto_store::engine::{Batch, Collection, Database, Error, Family, MetaRow, Sorted, Storage, Usage, View, Write};
+
+use crate::net::elapsed;
+
+/// What a failed sync says.
+pub const CANT_WRITE: &str = "the simulated disk can't write";
 
 type Rows = BTreeMap<Bytes, Bytes>;
 
@@ -86,24 +93,81 @@ struct State {
     durable: Tables,
     /// Written since the last sync, in order.
     unsynced: Vec<Batch>,
+    /// A sync has failed since it was opened: what was to be synced may never get to the disk, whatever later
+    /// syncs say.
+    failed: bool,
 }
 
 impl State {
     fn sync(&mut self) {
-        self.unsynced.clear();
-        self.durable = self.live.clone();
+        for batch in std::mem::take(&mut self.unsynced) {
+            self.durable.apply(&batch);
+        }
+    }
+
+    /// Of what was not synced a part from the end is lost, be it nothing or all. How many writes that is.
+    fn lose(&mut self, random: &mut StdRng) -> usize {
+        let mut unsynced = std::mem::take(&mut self.unsynced);
+        let kept = random.random_range(0..=unsynced.len());
+        let lost = unsynced.len() - kept;
+        unsynced.truncate(kept);
+        for batch in &unsynced {
+            self.durable.apply(batch);
+        }
+        lost
+    }
+
+    /// What a process finds that opens it.
+    fn reopen(&mut self) {
+        if std::mem::take(&mut self.failed) {
+            self.unsynced.clear();
+            self.live = self.durable.clone();
+        }
     }
 }
 
 /// One machine's databases, by their folders. They outlive the process.
 pub struct MemoryStorage {
     databases: Mutex<BTreeMap<PathBuf, Arc<Mutex<State>>>>,
+    disk: Arc<Disk>,
+}
+
+/// What the databases of a machine share.
+struct Disk {
     random: Mutex<StdRng>,
+    /// The next sync fails.
+    fails: AtomicBool,
+    /// When one failed.
+    failed: Mutex<Option<Duration>>,
+}
+
+impl Disk {
+    /// Whether this sync is the one to fail.
+    fn fails(&self) -> bool {
+        let fails = self.fails.swap(false, Ordering::Relaxed);
+        if fails {
+            *self.failed.lock().unwrap() = Some(elapsed());
+        }
+        fails
+    }
 }
 
 impl MemoryStorage {
     pub fn new(seed: u64) -> Self {
-        Self { databases: Mutex::default(), random: Mutex::new(StdRng::seed_from_u64(seed)) }
+        let random = Mutex::new(StdRng::seed_from_u64(seed));
+        let disk = Disk { random, fails: AtomicBool::default(), failed: Mutex::default() };
+        Self { databases: Mutex::default(), disk: Arc::new(disk) }
+    }
+
+    /// The next sync fails, as where the disk can't write.
+    pub fn fail(&self) {
+        self.disk.fails.store(true, Ordering::Relaxed);
+    }
+
+    /// When a sync failed, if one did since this was last asked; the next one does not, then.
+    pub fn failed(&self) -> Option<Duration> {
+        self.disk.fails.store(false, Ordering::Relaxed);
+        self.disk.failed.lock().unwrap().take()
     }
 
     /// What each database holds of a key, for people who look for what went wrong.
@@ -115,7 +179,7 @@ impl MemoryStorage {
             let _ = writeln!(text, "{}", path.display());
             for (name, value) in meta.iter() {
                 let name = String::from_utf8_lossy(name);
-                match vasto_client::v1::Position::decode(&value[..]) {
+                match v1::Position::decode(&value[..]) {
                     Ok(position) if name.starts_with("position/") => {
                         let _ = writeln!(text, "  at {position:?}");
                     }
@@ -135,19 +199,12 @@ impl MemoryStorage {
         text
     }
 
-    /// The machine has crashed: of what was not synced, a part from the end is lost, be it nothing or all.
-    /// How many writes were lost.
+    /// The machine has crashed. How many writes were lost.
     pub fn crash(&self) -> usize {
         let mut lost = 0;
         for database in self.databases.lock().unwrap().values() {
             let mut state = database.lock().unwrap();
-            let mut unsynced = std::mem::take(&mut state.unsynced);
-            let kept = self.random.lock().unwrap().random_range(0..=unsynced.len());
-            lost += unsynced.len() - kept;
-            unsynced.truncate(kept);
-            for batch in &unsynced {
-                state.durable.apply(batch);
-            }
+            lost += state.lose(&mut self.disk.random.lock().unwrap());
             state.live = state.durable.clone();
         }
         lost
@@ -176,7 +233,10 @@ impl Storage for MemoryStorage {
             databases.remove(path);
         }
         let state = match databases.get(path) {
-            Some(state) => state.clone(),
+            Some(state) => {
+                state.lock().unwrap().reopen();
+                state.clone()
+            }
             None => {
                 let mut state = State::default();
                 if data.exists() {
@@ -184,7 +244,7 @@ impl Storage for MemoryStorage {
                     let invalid = || io_error(&data)(io::Error::from(io::ErrorKind::InvalidData));
                     state.live = Tables::decode(&bytes).ok_or_else(invalid)?;
                 }
-                state.sync();
+                state.durable = state.live.clone();
                 std::fs::create_dir_all(path).map_err(io_error(path))?;
                 write(&current, b"")?;
                 let state = Arc::new(Mutex::new(state));
@@ -192,11 +252,11 @@ impl Storage for MemoryStorage {
                 state
             }
         };
-        Ok(Box::new(Memory { state, collection, syncs: Mutex::new(0) }))
+        Ok(Box::new(Memory { state, collection, disk: self.disk.clone(), syncs: Mutex::new(0) }))
     }
 
-    fn disk(&self, _: &Path) -> Option<Disk> {
-        Some(Disk { size_bytes: 1 << 40, free_bytes: 1 << 39 })
+    fn disk(&self, _: &Path) -> Option<v1::Disk> {
+        Some(v1::Disk { size_bytes: 1 << 40, free_bytes: 1 << 39 })
     }
 
     fn cache_bytes(&self) -> (u64, u64) {
@@ -207,12 +267,23 @@ impl Storage for MemoryStorage {
 struct Memory {
     state: Arc<Mutex<State>>,
     collection: Arc<Collection>,
+    disk: Arc<Disk>,
     syncs: Mutex<u64>,
 }
 
 impl Memory {
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap()
+    }
+
+    /// What was written since the last sync, and now `last`, should have been synced, and it failed.
+    fn fail(&self, last: Option<&Batch>) -> Error {
+        let mut state = self.state();
+        state.failed = true;
+        state.unsynced.extend(last.cloned());
+        state.lose(&mut self.disk.random.lock().unwrap());
+        // Not the real folder, whose name is another one each time.
+        io_error(Path::new("db"))(io::Error::other(CANT_WRITE))
     }
 
     /// Compacts now and then, as RocksDB would.
@@ -252,19 +323,24 @@ impl View for Pinned {
 
 impl Database for Memory {
     fn write(&self, batch: &Batch, sync: bool) -> Result<(), Error> {
+        if sync && self.disk.fails() {
+            return Err(self.fail(Some(batch)));
+        }
         let mut state = self.state();
         state.live.apply(batch);
+        state.unsynced.push(batch.clone());
         if sync {
             state.sync();
             drop(state);
             self.synced();
-        } else {
-            state.unsynced.push(batch.clone());
         }
         Ok(())
     }
 
     fn sync(&self) -> Result<(), Error> {
+        if self.disk.fails() {
+            return Err(self.fail(None));
+        }
         self.state().sync();
         self.synced();
         Ok(())
@@ -293,14 +369,17 @@ impl Database for Memory {
     }
 
     fn ingest(&self, files: Vec<PathBuf>) -> Result<(), Error> {
-        let mut state = self.state();
+        let mut guard = self.state();
+        let state = &mut *guard;
+        state.sync();
         for path in files {
             let bytes = std::fs::read(&path).map_err(io_error(&path))?;
             let invalid = || io_error(&path)(io::Error::from(io::ErrorKind::InvalidData));
             let rows = decode_rows(&mut &bytes[..]).ok_or_else(invalid)?;
-            Arc::make_mut(&mut state.live.0[Family::Records as usize]).extend(rows);
+            for tables in [&mut state.live, &mut state.durable] {
+                Arc::make_mut(&mut tables.0[Family::Records as usize]).extend(rows.clone());
+            }
         }
-        state.sync();
         Ok(())
     }
 

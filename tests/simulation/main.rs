@@ -127,13 +127,14 @@ impl World<'_> {
                     return;
                 }
                 self.sim.crash(name.as_str());
+                let failed = self.machine(name).storage.failed();
                 if matches!(act, Act::Crash(_)) {
                     let lost = self.machine(name).storage.crash();
                     self.note(&format!("{name} has lost {lost} writes"));
-                    if lost > 0 && !self.plan.synced {
-                        let now = self.sim.elapsed();
-                        book(&self.shared).forgive(now.saturating_sub(PERIOD), now);
-                    }
+                }
+                let crashed = matches!(act, Act::Crash(_)).then(|| self.sim.elapsed());
+                if let Some(since) = failed.or(crashed) {
+                    self.lost(name, since);
                 }
             }
             Act::Stop(name) => {
@@ -161,7 +162,18 @@ impl World<'_> {
                 self.sim.set_max_message_latency(Duration::from_millis(*ms));
             }
             Act::Skew(name, ms) => self.machine(name).quirks.lock().unwrap().skew_ms = *ms,
+            Act::FailSync(name) => self.machine(name).storage.fail(),
             Act::Slow(name, ms) => self.machine(name).quirks.lock().unwrap().slow_ms = *ms,
+        }
+    }
+
+    /// What this machine had not synced at this time is gone, and what it wrote since.
+    fn lost(&self, name: &str, at: Duration) {
+        let now = self.sim.elapsed();
+        let mut book = book(&self.shared);
+        *book.lives.entry(name.to_owned()).or_default() += 1;
+        if !self.plan.synced {
+            book.forgive(at.saturating_sub(PERIOD), now);
         }
     }
 
@@ -181,13 +193,18 @@ impl World<'_> {
             }
         }
         for name in &names {
+            if let Some(at) = self.machine(name).storage.failed() {
+                self.lost(name, at);
+                self.act(&Act::Kill(name.clone()));
+            }
             if self.down.contains(name) {
                 self.act(&Act::Start(name.clone()));
             }
         }
         self.act(&Act::Latency(10));
         for machine in &self.machines {
-            machine.quirks.lock().unwrap().slow_ms = 0;
+            let mut quirks = machine.quirks.lock().unwrap();
+            (quirks.slow_ms, quirks.unruly) = (0, 0);
         }
     }
 
@@ -253,6 +270,7 @@ fn simulate(seed: u64, trace: bool, key: Option<&str>) -> serde_json::Value {
         .enumerate()
         .map(|(i, name)| Machine::new(name.clone(), folder.path().join(name), seed.wrapping_mul(1_000_003) + i as u64))
         .collect();
+    all.iter().for_each(|machine| machine.quirks.lock().unwrap().unruly = plan.unruly);
     let mut world =
         World { sim, shared: shared.clone(), machines: all.clone(), plan: &plan, down: BTreeSet::new(), latency: 10 };
     for (i, machine) in all.into_iter().enumerate() {
@@ -265,10 +283,11 @@ fn simulate(seed: u64, trace: bool, key: Option<&str>) -> serde_json::Value {
         }
     }
     world.note(&format!(
-        "seed {seed}: {} shards x {}, synced {}, {} acts in {:?}, {CALLERS} callers",
+        "seed {seed}: {} shards x {}, synced {}, unruly {}, {} acts in {:?}, {CALLERS} callers",
         plan.shards,
         plan.factor,
         plan.synced,
+        plan.unruly,
         plan.acts.len(),
         plan.lasts
     ));
@@ -293,6 +312,7 @@ fn simulate(seed: u64, trace: bool, key: Option<&str>) -> serde_json::Value {
         "unknown": tally.unknown,
         "refused": tally.refused,
         "reads": tally.reads,
+        "pinned": book.pinned,
         "longest_ms": tally.longest.as_millis() as u64,
         "violations": book.violations,
     })

@@ -18,6 +18,7 @@ struct Sum {
     acknowledged: u64,
     unknown: u64,
     reads: u64,
+    pinned: u64,
     longest_ms: u64,
     failed: Vec<u64>,
 }
@@ -80,6 +81,7 @@ pub fn run(from: u64, count: u64, twice: bool, jobs: Option<usize>) -> ExitCode 
                             sum.acknowledged += number("acknowledged");
                             sum.unknown += number("unknown");
                             sum.reads += number("reads");
+                            sum.pinned += number("pinned");
                             sum.longest_ms = sum.longest_ms.max(number("longest_ms"));
                         }
                         Err(why) => {
@@ -101,13 +103,14 @@ pub fn run(from: u64, count: u64, twice: bool, jobs: Option<usize>) -> ExitCode 
     });
     let sum = sum.into_inner().unwrap();
     println!(
-        "{} seeds, {:.1} h of simulated time in {:.0} s: {} writes acknowledged, {} unknown, {} reads, the longest operation {} ms; {} failed {:?}",
+        "{} seeds, {:.1} h of simulated time in {:.0} s: {} writes acknowledged, {} unknown, {} reads ({} of a known replica), the longest operation {} ms; {} failed {:?}",
         sum.seeds,
         sum.seconds / 3_600.0,
         began.elapsed().as_secs_f64(),
         sum.acknowledged,
         sum.unknown,
         sum.reads,
+        sum.pinned,
         sum.longest_ms,
         sum.failed.len(),
         sum.failed

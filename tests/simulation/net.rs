@@ -13,7 +13,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tonic::transport::server::Connected;
 use turmoil::net::{TcpListener, TcpStream};
 use vasto_client::Env;
-use vasto_client::env::endpoint;
+use vasto_client::env::{Delivery, endpoint};
 
 /// Unix ms at the beginning: 2026-01-01.
 pub const EPOCH_MS: u64 = 1_767_225_600_000;
@@ -30,21 +30,32 @@ pub struct Quirks {
     pub skew_ms: i64,
     /// A piece of work on its disk takes up to so many ms.
     pub slow_ms: u64,
+    /// Messages of streams from other stores come twice, or behind the next one, one in so many; 0: none does.
+    pub unruly: u32,
 }
 
 /// What a process on this machine takes from the world.
 pub fn env(seed: u64, quirks: Arc<Mutex<Quirks>>) -> Env {
     let random = Arc::new(Mutex::new(StdRng::seed_from_u64(seed)));
-    let (clock, disk, chance) = (quirks.clone(), quirks, random.clone());
+    let (clock, disk, streams) = (quirks.clone(), quirks.clone(), quirks);
+    let (chance, luck) = (random.clone(), random.clone());
     let now = move || {
         let skew = clock.lock().unwrap().skew_ms;
         (EPOCH_MS + elapsed().as_millis() as u64).saturating_add_signed(skew)
     };
     let dial = |address: &str| Ok(endpoint(address)?.connect_with_connector_lazy(tower::service_fn(connect)));
-    Env::new(now, move || random.lock().unwrap().next_u64(), dial).on_one_thread(move || {
+    let pace = move || {
         let most = disk.lock().unwrap().slow_ms;
         Duration::from_millis(if most == 0 { 0 } else { chance.lock().unwrap().random_range(0..=most) })
-    })
+    };
+    let fate = move || {
+        let one_in = streams.lock().unwrap().unruly;
+        if one_in == 0 || !luck.lock().unwrap().random_ratio(1, one_in) {
+            return Delivery::InTurn;
+        }
+        if luck.lock().unwrap().random_ratio(1, 3) { Delivery::Late } else { Delivery::Twice }
+    };
+    Env::new(now, move || random.lock().unwrap().next_u64(), dial).on_one_thread(pace).unruly(fate)
 }
 
 async fn connect(uri: tonic::transport::Uri) -> io::Result<TokioIo<TcpStream>> {

@@ -39,6 +39,8 @@ pub enum Act {
     Latency(u64),
     Skew(String, i64),
     Slow(String, u64),
+    /// Its next sync fails.
+    FailSync(String),
 }
 
 /// A seed's whole story.
@@ -47,6 +49,8 @@ pub struct Plan {
     pub shards: u32,
     pub factor: u32,
     pub synced: bool,
+    /// One in so many messages of a stream between stores comes twice, or late; 0: none does.
+    pub unruly: u32,
     pub document: String,
     /// By time since the keyspace was first ready.
     pub acts: Vec<(Duration, Act)>,
@@ -78,6 +82,7 @@ pub fn plan(seed: u64) -> Plan {
     let grace = ["2s", "10s", "24h"][random.random_range(0..3)];
     let skew = ["10s", "2m"][random.random_range(0..2)];
     let lost = ["10m", "15s"][random.random_range(0..2)];
+    let unruly = if random.random_ratio(1, 3) { random.random_range(2..40) } else { 0 };
     let durability = if synced { "Synced" } else { "Periodic" };
     let document = format!(
         "apiVersion: vasto.io/v1alpha1\nkind: Keyspace\nmetadata:\n  name: sim\nspec:\n  shards: {shards}\n  \
@@ -87,7 +92,7 @@ pub fn plan(seed: u64) -> Plan {
     let lasts = Duration::from_millis(random.random_range(8_000..25_000));
     let mut acts = Vec::new();
     // Some seeds have few kinds of faults, so that those meet one another often.
-    let kinds: Vec<u32> = (0..10).filter(|_| random.random_ratio(2, 3)).collect();
+    let kinds: Vec<u32> = (0..11).filter(|_| random.random_ratio(2, 3)).collect();
     let mut at = Duration::ZERO;
     loop {
         at += Duration::from_millis(random.random_range(100..2_500));
@@ -104,7 +109,7 @@ pub fn plan(seed: u64) -> Plan {
         fault(kind, at, crashes, &mut random, &mut acts);
     }
     acts.sort_by_key(|(at, _)| *at);
-    Plan { shards, factor, synced, document, acts, lasts }
+    Plan { shards, factor, synced, unruly, document, acts, lasts }
 }
 
 fn fault(kind: u32, at: Duration, crashes: bool, random: &mut StdRng, acts: &mut Vec<(Duration, Act)>) {
@@ -157,7 +162,13 @@ fn fault(kind: u32, at: Duration, crashes: bool, random: &mut StdRng, acts: &mut
             }
         }
         7 => acts.extend([(at, Act::Latency(random.random_range(20..400))), (at + away, Act::Latency(10))]),
-        8 => acts.push((at, Act::Skew(one, random.random_range(-60_000..=60_000)))),
+        // The replica takes no more writes then, until its store is started anew.
+        8 if crashes => {
+            let end = if random.random_ratio(1, 2) { Act::Crash(one.clone()) } else { Act::Kill(one.clone()) };
+            let back = at + away + ms(random.random_range(10..2_000));
+            acts.extend([(at, Act::FailSync(one.clone())), (at + away, end), (back, Act::Start(one))]);
+        }
+        8 | 9 => acts.push((at, Act::Skew(one, random.random_range(-60_000..=60_000)))),
         _ => {
             if random.random_ratio(1, 2) {
                 acts.extend([

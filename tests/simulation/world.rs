@@ -1,7 +1,7 @@
 //! The machines of a simulation and what runs on them: an operator, stores, callers and
 //! one that manages. All is under one seed, on one thread.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -11,12 +11,13 @@ use rand::{Rng, RngExt, SeedableRng, rngs::StdRng};
 use serde_json::Value;
 use tokio_util::sync::CancellationToken;
 use vasto_client::v1::{ApplyRequest, DescribeRequest, ReplaceRequest, ScaleRequest};
-use vasto_client::{Client, Error, Keyspace, Op, Options, Outcome};
+use vasto_client::{Client, Env, Error, Keyspace, Op, Options, Outcome, Stamp};
 use vasto_operator::local;
 use vasto_store::engine::Storage;
 use vasto_tests::history::{self, Event, History, Seen};
+use vasto_tests::pinned::{self, Pinned, Place, Turn};
 
-use crate::disk::MemoryStorage;
+use crate::disk::{self, MemoryStorage};
 use crate::net::{self, Quirks, elapsed};
 
 /// The keyspace's name.
@@ -27,6 +28,9 @@ const DEADLINE: Duration = Duration::from_secs(5);
 const LATE: Duration = Duration::from_millis(250);
 const OPERATOR: &str = "operator:8278";
 const KEYS: u64 = 12;
+/// The first number of clients that speak to one replica, and how long they wait for it.
+const PINNED: u32 = 1_000;
+const PINNED_PATIENCE: Duration = Duration::from_secs(2);
 
 /// A wish of whoever manages.
 #[derive(Clone, Debug)]
@@ -42,6 +46,10 @@ pub struct Book {
     pub history: History,
     /// When machines lost what was not synced, and needn't have been.
     pub losses: Vec<Duration>,
+    /// How often each machine lost what it had not synced: what it showed before, it may not show after.
+    pub lives: BTreeMap<String, u64>,
+    /// Reads of which the replica is known.
+    pub pinned: u64,
     pub violations: Vec<String>,
     /// Whether callers write.
     pub load: bool,
@@ -82,6 +90,21 @@ impl Book {
     pub fn violation(&mut self, line: String) {
         self.note(&format!("VIOLATION {line}"));
         self.violations.push(line);
+    }
+
+    /// A number that nobody had.
+    fn next(&mut self) -> u64 {
+        self.number += 1;
+        self.number
+    }
+
+    fn record(&mut self, key: bytes::Bytes, mut event: Event) {
+        // The answer was on its way while a machine lost what it says.
+        let lost = self.losses.iter().any(|at| *at >= event.invoked_at);
+        if lost && matches!(event.outcome, history::Outcome::Acknowledged(_)) {
+            event.outcome = history::Outcome::Unknown;
+        }
+        self.history.record(key, event);
     }
 
     /// A machine has lost what it was not yet bound to have synced: whether the writes that were answered since
@@ -151,7 +174,11 @@ impl Machine {
         let storage: Arc<dyn Storage> = self.storage.clone();
         let connections = net::listen(8279).await?;
         if let Err(error) = vasto_store::serve_on(options, self.env(), storage, connections, stop).await {
-            book(&shared).violation(format!("{} ended: {error}", self.name));
+            let mut book = book(&shared);
+            match error.to_string() {
+                words if words.contains(disk::CANT_WRITE) => book.note(&format!("{} ended: {words}", self.name)),
+                words => book.violation(format!("{} ended: {words}", self.name)),
+            }
         }
         Ok(())
     }
@@ -224,6 +251,8 @@ impl Machine {
             let random = StdRng::seed_from_u64(self.seeds.lock().unwrap().next_u64() ^ task);
             tokio::spawn(call(keyspace.clone(), shared.clone(), random, first + task as u32));
         }
+        let random = StdRng::seed_from_u64(self.seeds.lock().unwrap().next_u64());
+        tokio::spawn(pin(self.env(), keyspace, shared, random, PINNED + first));
         std::future::pending().await
     }
 }
@@ -306,8 +335,7 @@ async fn call(keyspace: Keyspace, shared: Shared, mut random: StdRng, task: u32)
             if asked.iter().any(|(other, _)| *other == key) {
                 continue;
             }
-            book(&shared).number += 1;
-            let number = book(&shared).number;
+            let number = book(&shared).next();
             let op = match kind {
                 _ if random.random_ratio(1, 4) => history::Op::Get,
                 "put" if random.random_ratio(1, 4) => history::Op::Delete,
@@ -324,17 +352,73 @@ async fn call(keyspace: Keyspace, shared: Shared, mut random: StdRng, task: u32)
         let mut book = book(&shared);
         for ((key, op), result) in asked.into_iter().zip(results) {
             book.note(&format!("{key} {op:?} -> {result:?} after {:?}", returned_at - invoked_at));
-            let mut outcome = outcome(&op, result);
-            // The answer was on its way while a machine lost what it says.
-            let lost = book.losses.iter().any(|at| *at >= invoked_at);
-            if lost && matches!(outcome, history::Outcome::Acknowledged(_)) {
-                outcome = history::Outcome::Unknown;
-            }
-            let event = Event { client: task, op, invoked_at, returned_at, replica: None, outcome };
-            book.history.record(key.into(), event);
+            let outcome = outcome(&op, result);
+            book.record(key.into(), Event { client: task, op, invoked_at, returned_at, replica: None, outcome });
         }
         book.busy -= 1;
     }
+}
+
+/// Speaks to one replica after another, to each for as long as it can.
+async fn pin(env: Env, keyspace: Keyspace, shared: Shared, mut random: StdRng, client: u32) {
+    let mut after = None;
+    loop {
+        tokio::time::sleep(Duration::from_millis(random.random_range(5..120))).await;
+        if !book(&shared).load {
+            continue;
+        }
+        let name = format!("pinned/{client}/{}", random.random_range(0..4));
+        let Some(place) = pinned::place(&keyspace, name.as_bytes(), &mut random) else { continue };
+        book(&shared).busy += 1;
+        turn(&env, place, &name, &shared, &mut random, client, &mut after).await;
+        book(&shared).busy -= 1;
+    }
+}
+
+async fn turn(
+    env: &Env,
+    place: Place,
+    name: &str,
+    shared: &Shared,
+    random: &mut StdRng,
+    client: u32,
+    after: &mut Option<Stamp>,
+) {
+    let life = book(shared).lives.get(&place.store).copied().unwrap_or_default();
+    let keys = pinned::keys_of(name, &place.at);
+    let Ok(pinned) = Pinned::connect(env, place.at, PINNED_PATIENCE).await else { return };
+    let record = |key: bytes::Bytes, mut event: Event| {
+        let mut book = book(shared);
+        book.note(&format!("{} {:?} -> {:?}", key.escape_ascii(), event.op, event.outcome));
+        book.pinned += u64::from(event.replica.is_some() && event.op == history::Op::Get);
+        event.replica = event.replica.map(|replica| {
+            let mut hasher = DefaultHasher::new();
+            (replica, life).hash(&mut hasher);
+            hasher.finish()
+        });
+        book.record(key, event);
+    };
+    let mut turn = Turn::new(pinned, client, after, &elapsed, &record);
+    for _ in 0..random.random_range(1..20) {
+        if !book(shared).load {
+            break;
+        }
+        let number = book(shared).next();
+        let (key, op) = match random.random_range(0..4) {
+            0 => (&keys[0], history::Op::Put(number.to_string().into())),
+            1 => (&keys[0], history::Op::Delete),
+            2 => (&keys[1], history::Op::Add(1.0)),
+            _ => (&keys[2], history::Op::Append(format!("{number}\n").into())),
+        };
+        if !turn.write(key, op).await || !turn.read(&keys).await {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(random.random_range(0..150))).await;
+    }
+    for problem in std::mem::take(&mut turn.problems) {
+        book(shared).violation(problem);
+    }
+    turn.end();
 }
 
 fn to_client(key: String, op: history::Op) -> Op {

@@ -16,12 +16,12 @@ use rand::{RngExt, SeedableRng};
 use serde_json::{Value as Json, json};
 use tokio::sync::RwLock;
 use vasto_client::hash::{jump_hash, partition_hash};
-use vasto_client::v1::{self, answer, operation};
-use vasto_client::{Client, Code, Data, Error, Keyspace, Outcome as Answer, Stamp};
+use vasto_client::v1;
+use vasto_client::{Client, Code, Env, Error, Keyspace, Outcome as Answer};
 
 use crate::cluster::{Cluster, topology};
 use crate::history::{Event, Fault, Finals, History, Op, Outcome, Seen, Tally, Violation, check};
-use crate::pinned::{At, Pinned, seen};
+use crate::pinned::{At, Pinned, Turn, keys_of, place};
 
 const NAME: &str = "soak";
 /// One more than the greatest size, for a surge replica.
@@ -293,39 +293,21 @@ async fn write(shared: Arc<Shared>, keyspace: Keyspace, client: u32, seed: u64) 
     }
 }
 
-/// Where clients are sent for a key now: one of its serving replicas.
-fn place(keyspace: &Keyspace, key: &[u8], random: &mut StdRng) -> Option<At> {
-    let update = keyspace.topology();
-    let topology = update.topology.as_ref()?;
-    let view = topology.current.as_ref()?;
-    let shards = view.size();
-    let shard = jump_hash(partition_hash(key), shards);
-    let serving: Vec<_> =
-        view.shards.get(shard as usize)?.replicas.iter().filter(|a| a.serving && a.replica != 0).collect();
-    let replica = serving.choose(random)?;
-    let address = update.addresses.iter().find(|a| a.store == replica.store)?.address.clone();
-    Some(At { uid: topology.uid.clone(), shard, shards, replica: replica.replica, address })
-}
-
 /// A client that speaks to one replica for as long as it can, on keys that only it writes: it must see its own
 /// writes, and never less than it has seen.
 async fn pin(shared: Arc<Shared>, keyspace: Keyspace, client: u32, seed: u64) {
     let mut random = StdRng::seed_from_u64(seed ^ u64::from(client));
-    let (mut number, mut after) = (0, None);
+    let (env, mut number, mut after) = (Env::real(), 0, None);
     while !shared.stop.load(Relaxed) {
         // Never idle: where nobody can be asked, the topology soon says otherwise.
         tokio::time::sleep(Duration::from_millis(5)).await;
         let cycle = shared.cycle.load(Relaxed);
         let base = format!("pinned/{client}/{cycle:05}/{}", random.random_range(0..4));
-        let Some(at) = place(&keyspace, base.as_bytes(), &mut random) else { continue };
-        // All three keys of this turn must be of one shard.
-        let owned = |key: &Bytes| jump_hash(partition_hash(key), at.shards) == at.shard;
-        let keys = ["register", "counter", "list"].map(|kind| {
-            let mut named = (0..).map(|i| Bytes::from(format!("{base}/{kind}/{i}")));
-            named.find(owned).unwrap_or_default()
-        });
-        let Ok(mut pinned) = Pinned::connect(at, DEADLINE).await else { continue };
-        let mut turn = Turn { shared: &shared, client, after: &mut after, reads: Vec::new(), sure: BTreeSet::new() };
+        let Some(place) = place(&keyspace, base.as_bytes(), &mut random) else { continue };
+        let keys = keys_of(&base, &place.at);
+        let Ok(pinned) = Pinned::connect(&env, place.at, DEADLINE).await else { continue };
+        let (now, record) = (|| shared.now(), |key, event| shared.record(key, event));
+        let mut turn = Turn::new(pinned, client, &mut after, &now, &record);
         for _ in 0..random.random_range(1..60) {
             let _open = shared.gate.read().await;
             if shared.cycle.load(Relaxed) != cycle {
@@ -338,103 +320,16 @@ async fn pin(shared: Arc<Shared>, keyspace: Keyspace, client: u32, seed: u64) {
                 2 => (&keys[1], Op::Add(random.random_range(1..10).into())),
                 _ => (&keys[2], Op::Append(format!("{client}/{number}\n").into())),
             };
-            if !turn.write(&mut pinned, key, op).await || !turn.read(&mut pinned, &keys).await {
+            if !turn.write(key, op).await || !turn.read(&keys).await {
                 break;
             }
         }
-        // The reads after the last write: whoever answered them. Those of a cycle that was judged are of no use.
+        // Reads of a cycle that was judged are of no use.
         let _open = shared.gate.read().await;
+        shared.problems.lock().unwrap().append(&mut turn.problems);
         if shared.cycle.load(Relaxed) == cycle {
-            turn.settle(None);
+            turn.end();
         }
-    }
-}
-
-struct Turn<'a> {
-    shared: &'a Shared,
-    client: u32,
-    after: &'a mut Option<Stamp>,
-    /// Reads since their key's last write. A read isn't told which replica answered it, a write is; and a store
-    /// that hosts several shards asks the one that a key belongs to by now.
-    reads: Vec<(Bytes, Event)>,
-    /// Keys whose last write the pinned replica took.
-    sure: BTreeSet<Bytes>,
-}
-
-impl Turn<'_> {
-    /// Whether it went well; if not, it is better to go elsewhere.
-    async fn write(&mut self, pinned: &mut Pinned, key: &Bytes, op: Op) -> bool {
-        let kind = match op.clone() {
-            Op::Put(Data::Bytes(bytes)) => {
-                operation::Kind::Put(v1::Put { value: Some(v1::put::Value::Bytes(bytes)), expiry_ms: 0, time_ms: 0 })
-            }
-            Op::Put(Data::Number(number)) => {
-                operation::Kind::Put(v1::Put { value: Some(v1::put::Value::Number(number)), expiry_ms: 0, time_ms: 0 })
-            }
-            Op::Delete => operation::Kind::Delete(v1::Delete { time_ms: 0 }),
-            Op::Add(number) => operation::Kind::Merge(v1::Merge { kind: v1::MergeKind::Sum.into(), number }),
-            Op::Append(bytes) => operation::Kind::Append(v1::Append { bytes }),
-            Op::Get => operation::Kind::Get(v1::Get {}),
-        };
-        let invoked_at = self.shared.now();
-        let answer = pinned.ask(vec![(key.clone(), kind)], *self.after).await;
-        let mut replica = None;
-        let outcome = match answer.as_deref() {
-            Ok([answer::Result::Written(written)]) => {
-                replica = Some(written.replica);
-                let stamp = written.stamp.map(Stamp::from).unwrap_or_default();
-                *self.after = (*self.after).max(Some(stamp));
-                Outcome::Acknowledged(stamp)
-            }
-            Ok([answer::Result::Failure(failure)]) if failure.code() != v1::FailureCode::Internal => Outcome::Refused,
-            _ => Outcome::Unknown,
-        };
-        let good = replica == Some(pinned.at().replica);
-        if good {
-            self.settle(Some((key, replica)));
-        }
-        let returned_at = self.shared.now();
-        let client = self.client;
-        self.shared.record(key.clone(), Event { client, op, invoked_at, returned_at, replica, outcome });
-        good
-    }
-
-    async fn read(&mut self, pinned: &mut Pinned, keys: &[Bytes]) -> bool {
-        let invoked_at = self.shared.now();
-        let gets = keys.iter().map(|key| (key.clone(), operation::Kind::Get(v1::Get {}))).collect();
-        let Ok(answers) = pinned.ask(gets, None).await else { return false };
-        let returned_at = self.shared.now();
-        for (key, answer) in keys.iter().zip(answers) {
-            let found = match answer {
-                answer::Result::Found(value) => match seen(value) {
-                    Ok(found) => Some(found),
-                    Err(error) => {
-                        self.shared.problems.lock().unwrap().push(error.to_string());
-                        return false;
-                    }
-                },
-                answer::Result::Missing(_) => None,
-                _ => return false,
-            };
-            let outcome = Outcome::Read(found);
-            let (client, replica) = (self.client, None);
-            self.reads.push((key.clone(), Event { client, op: Op::Get, invoked_at, returned_at, replica, outcome }));
-        }
-        true
-    }
-
-    /// Records reads: those of a key between two writes that the same replica took were answered by it too;
-    /// without a key all that are left, whoever answered.
-    fn settle(&mut self, written: Option<(&Bytes, Option<u64>)>) {
-        let reads = std::mem::take(&mut self.reads);
-        for (key, event) in reads {
-            match written {
-                Some((of, _)) if *of != key => self.reads.push((key, event)),
-                Some((_, replica)) if self.sure.contains(&key) => self.shared.record(key, Event { replica, ..event }),
-                _ => self.shared.record(key, event),
-            }
-        }
-        self.sure.extend(written.map(|(key, _)| key.clone()));
     }
 }
 
@@ -737,7 +632,7 @@ impl Soak {
                 replica: assignment.replica,
                 address: self.cluster.store_address(&assignment.store),
             };
-            let found = Pinned::connect(at, DEADLINE).await?.read(keys).await?;
+            let found = Pinned::connect(&Env::real(), at, DEADLINE).await?.read(keys).await?;
             if let Some((other, before)) = &told {
                 let differ = before.iter().zip(&found).position(|(a, b)| a != b);
                 if let Some(at) = differ {
