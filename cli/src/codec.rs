@@ -367,7 +367,9 @@ fn exact_number(number: &serde_json::Number) -> Result<f64, String> {
 /// A number as a person or a dump writes it.
 pub(crate) fn parse_number(text: &str) -> Result<f64, String> {
     let text = text.trim();
-    text.parse().map_err(|_| format!("{text:?} is not a number; write it like 5, -2.5 or 1e9"))
+    // There is one NaN: what is written as one has no sign.
+    let one = |number: f64| if number.is_nan() { f64::NAN } else { number };
+    text.parse().map(one).map_err(|_| format!("{text:?} is not a number; write it like 5, -2.5 or 1e9"))
 }
 
 fn parse_hash(text: &str) -> Result<u64, String> {

@@ -5,6 +5,11 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+// The binary has no library that it could be taken from.
+#[allow(dead_code)]
+#[path = "../../cli/src/codec.rs"]
+mod codec;
+
 use bytes::Bytes;
 use prost::Message;
 use rand::rngs::StdRng;
@@ -23,11 +28,13 @@ pub enum Target {
     Wire,
     /// Keyspaces in YAML.
     Spec,
+    /// Lines of files that `dump` writes and `load` reads.
+    Dump,
 }
 
 impl Target {
     /// All of them.
-    pub const ALL: [Self; 3] = [Self::Record, Self::Wire, Self::Spec];
+    pub const ALL: [Self; 4] = [Self::Record, Self::Wire, Self::Spec, Self::Dump];
 
     /// Its name, and its folder in the corpus.
     pub fn name(self) -> &'static str {
@@ -35,6 +42,7 @@ impl Target {
             Self::Record => "record",
             Self::Wire => "wire",
             Self::Spec => "spec",
+            Self::Dump => "dump",
         }
     }
 
@@ -54,6 +62,7 @@ impl Target {
                 }
             }
             Self::Spec => spec(&String::from_utf8_lossy(bytes)),
+            Self::Dump => bytes.split(|b| *b == b'\n').for_each(line),
         }
     }
 }
@@ -90,6 +99,20 @@ fn spec(text: &str) {
             }
         }
         Err(error) => assert!(!error.to_string().is_empty(), "a refusal has words"),
+    }
+}
+
+fn line(bytes: &[u8]) {
+    for format in [codec::Format::Tsv, codec::Format::Jsonl] {
+        match codec::decode(format, bytes) {
+            Ok(record) => {
+                let written = codec::encode(format, &record);
+                let line = written.strip_suffix(b"\n").unwrap();
+                assert!(!line.contains(&b'\n'), "a record is one line");
+                assert_eq!(codec::decode(format, line), Ok(record), "a record is read as it was written");
+            }
+            Err(error) => assert!(!error.is_empty(), "a refusal has words"),
+        }
     }
 }
 

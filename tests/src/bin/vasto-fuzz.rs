@@ -12,7 +12,7 @@ use vasto_tests::fuzz::{Target, corpus, run};
 const USAGE: &str = "\
 vasto-fuzz [SETTINGS]
   --seconds N    for each target (10)
-  --target T     record, wire or spec (all)
+  --target T     record, wire, spec or dump (all)
   --seed S       what all mutations come from (random, and printed)";
 /// What the process may have in all: far above what any input of 16 KiB needs.
 const MEMORY: u64 = 1 << 30;
