@@ -463,6 +463,7 @@ pub async fn take_over(keyspace: Arc<Keyspace>, replica: Arc<Replica>, source: u
 }
 
 async fn take_over_once(keyspace: &Arc<Keyspace>, replica: &Arc<Replica>, from: Origin) -> Result<usize, Error> {
+    let version = keyspace.version();
     let mut reader = Reader::new(keyspace.clone(), from, replica.id, false);
     reader.begin().await?;
     let mut taken = 0;
@@ -471,7 +472,7 @@ async fn take_over_once(keyspace: &Arc<Keyspace>, replica: &Arc<Replica>, from: 
             Part::Records(mut records) => {
                 records.retain(|(_, record)| record.greatest_stamp().time > replica.progress.horizon());
                 taken += records.len();
-                let batch = PeerBatch { records, clock: reader.clock, ..PeerBatch::default() };
+                let batch = PeerBatch { records, clock: reader.clock, version, ..PeerBatch::default() };
                 replica.apply(batch).await.map_err(|refused| Error::Store(refused.message))?;
             }
             Part::File(_) => return Err(Error::Store("files were sent unasked".into())),
