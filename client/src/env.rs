@@ -25,6 +25,8 @@ pub enum Delivery {
     Twice,
     /// Behind the next one.
     Late,
+    /// Not at all.
+    Never,
 }
 
 /// What a part of Vasto takes from the world. Cheap to clone.
@@ -73,8 +75,8 @@ impl Env {
         Self { unruly: Some(Arc::new(fate)), ..self }
     }
 
-    /// What comes of a stream between stores. No network repeats or reorders a stream's messages, but a receiver
-    /// is not to rely on that: a simulation does both.
+    /// What comes of a stream between stores. No network repeats, reorders or loses a stream's messages, but a
+    /// receiver is not to rely on that: a simulation does all of it.
     pub fn deliver<T: Clone + Send>(&self, stream: impl Stream<Item = T> + Send) -> impl Stream<Item = T> + Send {
         let fate = self.unruly.clone();
         let mut held = None;
@@ -85,6 +87,7 @@ impl Env {
                     held = Some(message);
                     [None, None]
                 }
+                (Delivery::Never, late) => [None, late],
                 (Delivery::Twice, None) => [Some(message.clone()), Some(message)],
                 (_, late) => [Some(message), late],
             };

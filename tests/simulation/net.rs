@@ -30,7 +30,7 @@ pub struct Quirks {
     pub skew_ms: i64,
     /// A piece of work on its disk takes up to so many ms.
     pub slow_ms: u64,
-    /// Messages of streams from other stores come twice, or behind the next one, one in so many; 0: none does.
+    /// Messages of streams from other stores come twice, behind the next one or not at all, one in so many; 0: none does.
     pub unruly: u32,
 }
 
@@ -53,7 +53,7 @@ pub fn env(seed: u64, quirks: Arc<Mutex<Quirks>>) -> Env {
         if one_in == 0 || !luck.lock().unwrap().random_ratio(1, one_in) {
             return Delivery::InTurn;
         }
-        if luck.lock().unwrap().random_ratio(1, 3) { Delivery::Late } else { Delivery::Twice }
+        [Delivery::Twice, Delivery::Late, Delivery::Never][luck.lock().unwrap().random_range(0..3)]
     };
     Env::new(now, move || random.lock().unwrap().next_u64(), dial).on_one_thread(pace).unruly(fate)
 }

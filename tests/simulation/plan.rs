@@ -49,7 +49,7 @@ pub struct Plan {
     pub shards: u32,
     pub factor: u32,
     pub synced: bool,
-    /// One in so many messages of a stream between stores comes twice, or late; 0: none does.
+    /// One in so many messages of a stream between stores comes twice, late or never; 0: none does.
     pub unruly: u32,
     pub document: String,
     /// By time since the keyspace was first ready.
