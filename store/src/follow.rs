@@ -160,7 +160,7 @@ pub async fn serve(
     }
 }
 
-async fn send(
+pub(crate) async fn send(
     keyspace: &Keyspace,
     replica: &Arc<Replica>,
     start: &FollowStart,
@@ -175,6 +175,10 @@ async fn send(
         let last_seq = *writes.borrow_and_update();
         let update = updates.borrow_and_update().clone();
         let Some(topology) = update.topology.clone() else { return };
+        if let Some(why) = snapshot::outdated(&topology, start.version) {
+            let _ = out.send(Ok(respond(follow_response::Message::NotReady(why), None))).await;
+            return;
+        }
         if !topology.sources(start.follower).iter().any(|p| p.assignment.replica == replica.id) {
             let why = format!(
                 "replica {:016x} does not follow this one by topology version {}",

@@ -86,6 +86,13 @@ fn share(topology: &Topology, source: u64, target: u64) -> f64 {
     }
 }
 
+/// Why a source that knows this topology can't serve who asks under that version: by an older one it would leave
+/// out keys that are wanted now, and the position that it gives would say that they have come.
+pub fn outdated(topology: &Topology, version: u64) -> Option<String> {
+    (topology.version < version)
+        .then(|| format!("topology version {version} has not come here yet, only {}", topology.version))
+}
+
 /// The source's side of `Snapshot`.
 pub async fn serve(
     keyspace: Arc<Keyspace>,
@@ -96,6 +103,10 @@ pub async fn serve(
     let topology = keyspace.topology();
     let respond = |message| Ok(SnapshotResponse { message: Some(message) });
     let birth = replica.progress.birth();
+    if let Some(why) = outdated(&topology, request.version) {
+        let _ = out.send(respond(Message::NotReady(why))).await;
+        return;
+    }
     // Only a target that the topology names holds back what it has yet to confirm.
     let returned = topology.handing_over(request.target).iter().any(|g| g.replica == replica.id);
     if !returned && !topology.sources(request.target).iter().any(|p| p.assignment.replica == replica.id) {
@@ -129,6 +140,11 @@ pub async fn serve(
     }
 }
 
+/// Why a replica with a fault can't be copied, in words.
+fn faulty(replica: &Replica) -> Option<String> {
+    replica.progress.fault().map(|_| format!("it can't be copied: {}", replica.progress.fault_text()))
+}
+
 struct Source {
     replica: Arc<Replica>,
     topology: Arc<Topology>,
@@ -140,6 +156,16 @@ struct Source {
 type Send<'a> = &'a mut dyn FnMut(Message) -> bool;
 
 impl Source {
+    /// Syncs what is about to be sent; why it can't be sent, if so. A copy says of itself where it came from, and
+    /// whoever has passed that is taken to hold all of it: so none may be made of what this replica may yet lose.
+    fn secure(&self) -> Result<Option<String>, engine::Error> {
+        let synced = self.replica.engine.sync();
+        if let Err(error) = &synced {
+            self.replica.progress.poison(error.to_string());
+        }
+        synced.map(|()| faulty(&self.replica))
+    }
+
     fn records(&self, send: Send<'_>) -> Result<(), engine::Error> {
         let engine = &self.replica.engine;
         // Before the snapshot is taken: following from here misses nothing.
@@ -147,6 +173,10 @@ impl Source {
         let pin = engine.pin();
         // After it: nothing in it is newer.
         let last_seq = self.replica.progress.last_seq();
+        if let Some(why) = self.secure()? {
+            send(Message::NotReady(why));
+            return Ok(());
+        }
         let clock = self.replica.progress.clock();
         let (records, bytes) = engine.estimate();
         let share = share(&self.topology, self.replica.id, self.request.target);
@@ -200,7 +230,13 @@ impl Source {
             std::fs::remove_dir_all(&path).map_err(io)?;
         }
         self.replica.engine.checkpoint(&path)?;
-        let sent = self.send_files(&path, pin, send).map_err(io);
+        let sent = match self.secure()? {
+            Some(why) => {
+                send(Message::NotReady(why));
+                Ok(())
+            }
+            None => self.send_files(&path, pin, send).map_err(io),
+        };
         std::fs::remove_dir_all(&path).map_err(io)?;
         sent
     }

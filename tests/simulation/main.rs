@@ -54,6 +54,9 @@ struct Args {
     /// Print what each replica holds of this key in the end.
     #[arg(long, requires = "trace")]
     key: Option<String>,
+    /// End after so many simulated seconds, to look at that moment.
+    #[arg(long, requires = "trace", value_name = "SECONDS")]
+    until: Option<f64>,
     /// Print one line of JSON.
     #[arg(long, requires = "seed", hide = true)]
     json: bool,
@@ -68,8 +71,7 @@ fn main() -> ExitCode {
     }
     entropy::sow(seed);
     // A thread of its own, so that nothing that was done before has drawn on its hash maps' seeds.
-    let report = std::thread::scope(|scope| scope.spawn(|| simulate(seed, args.trace, args.key.as_deref())).join())
-        .expect("no panic");
+    let report = std::thread::scope(|scope| scope.spawn(|| simulate(seed, &args)).join()).expect("no panic");
     if args.json {
         println!("{report}");
     } else {
@@ -87,6 +89,7 @@ struct World<'a> {
     plan: &'a Plan,
     down: BTreeSet<String>,
     latency: u64,
+    until: Duration,
 }
 
 impl World<'_> {
@@ -99,6 +102,9 @@ impl World<'_> {
     }
 
     fn step(&mut self) -> Result<(), String> {
+        if self.sim.elapsed() > self.until {
+            return Err("it was to end here".to_owned());
+        }
         book(&self.shared).at = self.sim.elapsed();
         self.sim.step().map(|_| ()).map_err(|e| e.to_string())
     }
@@ -250,9 +256,9 @@ impl World<'_> {
     }
 }
 
-fn simulate(seed: u64, trace: bool, key: Option<&str>) -> serde_json::Value {
+fn simulate(seed: u64, args: &Args) -> serde_json::Value {
     let plan = plan(seed);
-    let shared: Shared = Arc::new(Mutex::new(Book::new(trace)));
+    let shared: Shared = Arc::new(Mutex::new(Book::new(args.trace)));
     // In memory, where there is such a folder: syncing files to a disk would be most of the work.
     let here = std::path::Path::new("/dev/shm");
     let folder = if here.is_dir() { tempfile::tempdir_in(here) } else { tempfile::tempdir() }.unwrap();
@@ -270,9 +276,17 @@ fn simulate(seed: u64, trace: bool, key: Option<&str>) -> serde_json::Value {
         .enumerate()
         .map(|(i, name)| Machine::new(name.clone(), folder.path().join(name), seed.wrapping_mul(1_000_003) + i as u64))
         .collect();
+    let until = args.until.map_or(Duration::MAX, Duration::from_secs_f64);
     all.iter().for_each(|machine| machine.quirks.lock().unwrap().unruly = plan.unruly);
-    let mut world =
-        World { sim, shared: shared.clone(), machines: all.clone(), plan: &plan, down: BTreeSet::new(), latency: 10 };
+    let mut world = World {
+        sim,
+        shared: shared.clone(),
+        machines: all.clone(),
+        plan: &plan,
+        down: BTreeSet::new(),
+        latency: 10,
+        until,
+    };
     for (i, machine) in all.into_iter().enumerate() {
         let (name, shared) = (machine.name.clone(), shared.clone());
         match name.as_str() {
@@ -296,7 +310,7 @@ fn simulate(seed: u64, trace: bool, key: Option<&str>) -> serde_json::Value {
     if let Err(error) = ended {
         book(&shared).violation(error);
     }
-    if let Some(key) = key {
+    if let Some(key) = &args.key {
         world.machines[..STORES].iter().for_each(|m| println!("{}", m.storage.describe(key.as_bytes())));
     }
     let book = book(&shared);

@@ -15,10 +15,12 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 use vasto_client::env::Env;
 use vasto_client::v1::operator_server::{self, OperatorServer};
+use vasto_client::v1::peer_server::Peer;
 use vasto_client::v1::store_client::StoreClient;
 use vasto_client::v1::{
-    Answer, Assignment, Batch, FailureCode, Get, KeyspaceUpdate, Operation, Phase, Put, Shard, StoreAddress,
-    StoreReport, StoreUpdate, Topology, View, WatchRequest, WatchResponse, answer, operation, put,
+    Answer, Assignment, Batch, FailureCode, FollowStart, Get, KeyspaceUpdate, Operation, Phase, Put, Shard,
+    SnapshotRequest, StoreAddress, StoreReport, StoreUpdate, Topology, View, WatchRequest, WatchResponse, answer,
+    follow_response, operation, put, snapshot_response,
 };
 
 use super::context;
@@ -27,7 +29,7 @@ use crate::engine::Engine;
 use crate::host::Host;
 use crate::metrics::Monitor;
 use crate::server::Server;
-use crate::{Options, leave, serve};
+use crate::{Options, follow, leave, serve};
 
 const UID: &str = "5f9a";
 /// Longer than anything here takes.
@@ -115,6 +117,51 @@ fn refusal(answer: &Answer) -> Option<(FailureCode, &str)> {
 
 fn found(answer: &Answer) -> bool {
     matches!(answer.result, Some(answer::Result::Found(_)))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_source_that_knows_only_an_older_topology_than_who_asks_is_not_ready() {
+    let dir = tempfile::tempdir().unwrap();
+    let host = host(dir.path(), Some(UID));
+    let id = make(&host).await;
+    let follower = 99;
+    host.install(update(stable(UID, 4, &[id, follower]))).await;
+    let server = server(&host);
+    let said = async |version| {
+        let keyspace = UID.to_owned();
+        let ask = SnapshotRequest { keyspace, source: id, target: follower, version, ..SnapshotRequest::default() };
+        let snapshot = server.snapshot(Request::new(ask)).await.unwrap().into_inner().next().await.unwrap().unwrap();
+        let (keyspace, replica) = (host.keyspace(UID).unwrap(), host.keyspace(UID).unwrap().replica(id).unwrap());
+        let start =
+            FollowStart { follower, version, epoch: replica.progress.birth().epoch, seq: 1, ..FollowStart::default() };
+        let (out, mut heard) = mpsc::channel(4);
+        let sending = tokio::spawn(async move { follow::send(&keyspace, &replica, &start, &out).await });
+        let follow = tokio::time::timeout(PATIENCE, heard.recv()).await.unwrap().unwrap().unwrap();
+        sending.abort();
+        (snapshot.message.unwrap(), follow.message.unwrap())
+    };
+    let (snapshot, follow) = said(4).await;
+    assert!(matches!(snapshot, snapshot_response::Message::Start(_)), "{snapshot:?}");
+    assert!(matches!(follow, follow_response::Message::Batch(_)), "{follow:?}");
+    let (snapshot, follow) = said(5).await;
+    assert!(matches!(snapshot, snapshot_response::Message::NotReady(_)), "{snapshot:?}");
+    assert!(matches!(follow, follow_response::Message::NotReady(_)), "{follow:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_copied_of_what_a_failed_sync_may_have_lost() {
+    let dir = tempfile::tempdir().unwrap();
+    let host = host(dir.path(), Some(UID));
+    let id = make(&host).await;
+    host.install(update(stable(UID, 4, &[id, 99]))).await;
+    host.keyspace(UID).unwrap().replica(id).unwrap().progress.poison("the disk can't write".into());
+    let ask =
+        SnapshotRequest { keyspace: UID.into(), source: id, target: 99, version: 4, ..SnapshotRequest::default() };
+    let said = server(&host).snapshot(Request::new(ask)).await.unwrap().into_inner().next().await.unwrap().unwrap();
+    match said.message {
+        Some(snapshot_response::Message::NotReady(why)) => assert!(why.contains("the disk can't write"), "{why}"),
+        other => panic!("{other:?}"),
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
