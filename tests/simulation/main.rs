@@ -167,7 +167,10 @@ impl World<'_> {
                 self.latency = *ms;
                 self.sim.set_max_message_latency(Duration::from_millis(*ms));
             }
-            Act::Skew(name, ms) => self.machine(name).quirks.lock().unwrap().skew_ms = *ms,
+            Act::Skew(name, ms) => {
+                self.machine(name).quirks.lock().unwrap().skew_ms = *ms;
+                book(&self.shared).skewed = true;
+            }
             Act::FailSync(name) => self.machine(name).storage.fail(),
             Act::Slow(name, ms) => self.machine(name).quirks.lock().unwrap().slow_ms = *ms,
         }

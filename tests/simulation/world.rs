@@ -50,6 +50,8 @@ pub struct Book {
     pub lives: BTreeMap<String, u64>,
     /// Reads of which the replica is known.
     pub pinned: u64,
+    /// Whether a clock has ever been wrong.
+    pub skewed: bool,
     pub violations: Vec<String>,
     /// Whether callers write.
     pub load: bool,
@@ -228,8 +230,11 @@ impl Machine {
                 book.check && book.checked.is_none()
             };
             if wanted {
-                let history = book(&shared).history.clone();
-                let found = crate::check::check(&client, &history).await;
+                let (history, skewed) = {
+                    let book = book(&shared);
+                    (book.history.clone(), book.skewed)
+                };
+                let found = crate::check::check(&client, &history, skewed).await;
                 let mut book = book(&shared);
                 book.note(&format!("checked: {found:?}"));
                 book.checked = Some(found);
