@@ -185,6 +185,8 @@ async fn a_deletion_keeps_volumes_where_they_are_to_be_kept() {
     let policy = |policy: &str| json!({"spec": {"deletionPolicy": policy}});
     bench.patch(policy("Delete")).await;
     bench.patch(policy("Retain")).await;
+    // Until that is observed, the StatefulSet may still be about to get the policy of before.
+    bench.settled(2, 2).await;
     bench
         .wait("the StatefulSet keeps volumes", async || {
             let set = stores(&bench).await;
