@@ -453,11 +453,13 @@ impl Replica {
         let Some(birth) = found.birth else {
             return Err(if born { Error::Emptied(db) } else { Error::NotBorn(dir.to_owned()) });
         };
+        if found.id != id {
+            // Files copied from another replica are that one's until the birth is written.
+            let mixed = Error::Mixed { path: dir.to_owned(), named: id, found: found.id };
+            return Err(if born { mixed } else { Error::NotBorn(dir.to_owned()) });
+        }
         if !born {
             Self::write_name(dir, id, shard, true)?;
-        }
-        if found.id != id {
-            return Err(Error::Mixed { path: dir.to_owned(), named: id, found: found.id });
         }
         // A life whose unsynced writes may be lost is over: what its peers hold
         // of them must not be taken for this life's.

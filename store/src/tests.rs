@@ -382,6 +382,19 @@ async fn a_copied_replicas_clock_is_not_behind_what_it_copied() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_crash_behind_the_copying_of_files_leaves_a_replica_that_is_not_born() {
+    let dir = tempfile::tempdir().unwrap();
+    Replica::create(dir.path(), ME, 0).unwrap();
+    // Its files are still the source's: with its id and its birth.
+    let birth = Birth { births: Vec::new(), positions: BTreeMap::new(), clock: 1, seq: 5, epoch: 9, horizon: 0 };
+    birth.write(&Engine::open(&dir.path().join("db"), &*context().storage).unwrap(), PEER).unwrap();
+    for _ in 0..2 {
+        let error = Replica::open(dir.path(), stable(1, &[&[ME]]), settings(), &context()).err().unwrap();
+        assert!(matches!(error, crate::replica::Error::NotBorn(_)), "{error}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_a_peer_gave_is_confirmed_only_once_it_is_synced() {
     let dir = tempfile::tempdir().unwrap();
     let replica = open(dir.path(), &stable(1, &[&[ME, PEER]]));
