@@ -230,12 +230,13 @@ impl Source {
             std::fs::remove_dir_all(&path).map_err(io)?;
         }
         self.replica.engine.checkpoint(&path)?;
-        let sent = match self.secure()? {
-            Some(why) => {
+        let sent = match self.secure() {
+            Ok(Some(why)) => {
                 send(Message::NotReady(why));
                 Ok(())
             }
-            None => self.send_files(&path, pin, send).map_err(io),
+            Ok(None) => self.send_files(&path, pin, send).map_err(io),
+            Err(error) => Err(error),
         };
         std::fs::remove_dir_all(&path).map_err(io)?;
         sent

@@ -133,13 +133,15 @@ impl World<'_> {
                     return;
                 }
                 self.sim.crash(name.as_str());
-                let failed = self.machine(name).storage.failed();
+                let mut since = self.machine(name).storage.failed();
                 if matches!(act, Act::Crash(_)) {
                     let lost = self.machine(name).storage.crash();
                     self.note(&format!("{name} has lost {lost} writes"));
+                    if lost > 0 {
+                        since.get_or_insert(self.sim.elapsed());
+                    }
                 }
-                let crashed = matches!(act, Act::Crash(_)).then(|| self.sim.elapsed());
-                if let Some(since) = failed.or(crashed) {
+                if let Some(since) = since {
                     self.lost(name, since);
                 }
             }
