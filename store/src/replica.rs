@@ -623,16 +623,19 @@ impl Replica {
         if (synced_already && self.progress.state().synced == positions) || self.progress.fault().is_some() {
             return;
         }
-        match self.engine.sync() {
-            Ok(()) => {
-                self.progress.synced_seq.store(seq, Ordering::Release);
-                self.progress.mark_synced(positions);
-            }
-            Err(error) => {
-                tracing::error!(replica = self.id, %error, "a sync failed; the replica takes no more writes");
-                self.progress.poison(error.to_string());
-            }
+        if self.sync_engine().is_ok() {
+            self.progress.synced_seq.store(seq, Ordering::Release);
+            self.progress.mark_synced(positions);
         }
+    }
+
+    /// Syncs all that the engine holds, also what the progress does not know of yet. A failure is the replica's last
+    /// sync: what the disk then holds is unknown. Blocks.
+    pub fn sync_engine(&self) -> Result<(), engine::Error> {
+        self.engine.sync().inspect_err(|error| {
+            tracing::error!(replica = self.id, %error, "a sync failed; the replica takes no more writes");
+            self.progress.poison(error.to_string());
+        })
     }
 
     /// Takes no more clients' writes; returns the last seq that there is once those before are done.

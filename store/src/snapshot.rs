@@ -159,11 +159,8 @@ impl Source {
     /// Syncs what is about to be sent; why it can't be sent, if so. A copy says of itself where it came from, and
     /// whoever has passed that is taken to hold all of it: so none may be made of what this replica may yet lose.
     fn secure(&self) -> Result<Option<String>, engine::Error> {
-        let synced = self.replica.engine.sync();
-        if let Err(error) = &synced {
-            self.replica.progress.poison(error.to_string());
-        }
-        synced.map(|()| faulty(&self.replica))
+        self.replica.sync_engine()?;
+        Ok(faulty(&self.replica))
     }
 
     fn records(&self, send: Send<'_>) -> Result<(), engine::Error> {
