@@ -119,7 +119,9 @@ impl Topology {
     }
 
     /// Every replica that `follower` must follow: those that may hold a key it
-    /// wants. Vacant assignments (id 0) and the follower itself are left out; each once.
+    /// wants. Vacant assignments (id 0) and the follower itself are left out; each once. So are replicas of
+    /// other shards that delete what they have handed over: their changes and copies no longer hold it, and a
+    /// position there would say that it has come.
     pub fn sources(&self, follower: u64) -> Vec<Place<'_>> {
         let mut found: Vec<Place<'_>> = Vec::new();
         for (view, before) in self.wants() {
@@ -128,7 +130,8 @@ impl Topology {
             let old = before
                 .into_iter()
                 .flat_map(View::places)
-                .filter(|p| shards_meet(p.shard, p.shards, mine.shard, mine.shards));
+                .filter(|p| shards_meet(p.shard, p.shards, mine.shard, mine.shards))
+                .filter(|p| !self.clean.contains(&p.assignment.replica));
             for place in same.chain(old) {
                 let id = place.assignment.replica;
                 if id != 0 && id != follower && found.iter().all(|f| f.assignment.replica != id) {
@@ -139,15 +142,17 @@ impl Topology {
         found
     }
 
+    /// Whether `follower` must follow `source`.
+    pub fn is_source(&self, source: u64, follower: u64) -> bool {
+        self.sources(follower).iter().any(|p| p.assignment.replica == source)
+    }
+
     /// Every replica that follows `source`: those whose `sources` name it.
     pub fn followers(&self, source: u64) -> Vec<Place<'_>> {
         let mut found: Vec<Place<'_>> = Vec::new();
         for place in self.views().flat_map(View::places) {
             let id = place.assignment.replica;
-            if id != 0
-                && found.iter().all(|f| f.assignment.replica != id)
-                && self.sources(id).iter().any(|s| s.assignment.replica == source)
-            {
+            if id != 0 && found.iter().all(|f| f.assignment.replica != id) && self.is_source(source, id) {
                 found.push(place);
             }
         }
@@ -173,5 +178,37 @@ impl Topology {
     /// Whether this replica was given up.
     pub fn is_given_up(&self, replica: u64) -> bool {
         self.given_up.iter().any(|g| g.replica == replica)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::v1::{Assignment, Phase, Shard, Topology, View};
+
+    fn view(shards: &[&[u64]]) -> Option<View> {
+        let place = |id: &u64| Assignment { store: format!("store-{id}"), replica: *id, serving: true };
+        Some(View { shards: shards.iter().map(|s| Shard { replicas: s.iter().map(place).collect() }).collect() })
+    }
+
+    #[test]
+    fn who_deletes_what_it_handed_over_is_a_source_for_its_own_shard_alone() {
+        let mut topology = Topology {
+            phase: Phase::Cleanup.into(),
+            previous: view(&[&[1, 2]]),
+            current: view(&[&[1, 2], &[3, 4]]),
+            ..Topology::default()
+        };
+        let sources = |t: &Topology| {
+            let mut ids: Vec<u64> = t.sources(3).iter().map(|p| p.assignment.replica).collect();
+            ids.sort_unstable();
+            ids
+        };
+        assert_eq!(sources(&topology), [1, 2, 4]);
+        topology.clean = vec![1];
+        assert_eq!(sources(&topology), [2, 4]);
+        assert!(!topology.is_source(1, 3));
+        assert!(topology.is_source(1, 2) && topology.is_source(2, 1), "of what they still own they are copies");
+        topology.clean = vec![1, 2];
+        assert_eq!(sources(&topology), [4]);
     }
 }

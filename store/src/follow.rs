@@ -21,7 +21,7 @@ use crate::keyspace::Keyspace;
 use crate::record::{Record, glance};
 use crate::replica::Replica;
 use crate::snapshot;
-use crate::writer::PeerBatch;
+use crate::writer::{Asked, PeerBatch};
 
 /// Lines of `changes` looked at in one step.
 const LINES: usize = 1_000;
@@ -179,7 +179,7 @@ pub(crate) async fn send(
             let _ = out.send(Ok(respond(follow_response::Message::NotReady(why), None))).await;
             return;
         }
-        if !topology.sources(start.follower).iter().any(|p| p.assignment.replica == replica.id) {
+        if !topology.is_source(replica.id, start.follower) {
             let why = format!(
                 "replica {:016x} does not follow this one by topology version {}",
                 start.follower, topology.version
@@ -207,6 +207,10 @@ pub(crate) async fn send(
             }
             Err(_) => return,
         };
+        // Rows may have been deleted, by a clean-up, while they were read.
+        if updates.has_changed().unwrap_or(true) && !keyspace.topology().is_source(replica.id, start.follower) {
+            continue;
+        }
         // Lines may have been trimmed while they were read.
         if replica.progress.trimmed() > seq && page.seq > seq {
             continue;
@@ -285,16 +289,17 @@ async fn once(keyspace: &Arc<Keyspace>, replica: &Arc<Replica>, source: u64, sto
     let mut client = PeerClient::new(channel)
         .max_decoding_message_size(crate::MESSAGE_LIMIT)
         .max_encoding_message_size(crate::MESSAGE_LIMIT);
+    // Before the position: a clean-up in between is then noticed.
+    let asked = replica.asked(keyspace.version());
     let position = replica.progress.position(source).unwrap_or_default();
     let (requests, stream) = mpsc::channel(16);
-    let version = keyspace.version();
     let start = FollowStart {
         keyspace: keyspace.uid().to_owned(),
         source,
         follower: replica.id,
         epoch: position.epoch,
         seq: position.seq,
-        version,
+        version: asked.version,
         origin: replica.origin,
     };
     let _ = requests.send(FollowRequest { message: Some(follow_request::Message::Start(start)) }).await;
@@ -342,7 +347,7 @@ async fn once(keyspace: &Arc<Keyspace>, replica: &Arc<Replica>, source: u64, sto
                 let before = replica.progress.position(source).map_or(0, |p| p.seq);
                 let (seq, last) = (batch.seq, batch.last_seq);
                 if seq != before || !batch.records.is_empty() {
-                    apply(replica, source, epoch, version, batch).await?;
+                    apply(replica, source, epoch, asked, batch).await?;
                 }
                 replica.progress.update_source(source, |s| {
                     s.lag = last.saturating_sub(seq.max(before));
@@ -353,7 +358,7 @@ async fn once(keyspace: &Arc<Keyspace>, replica: &Arc<Replica>, source: u64, sto
     }
 }
 
-async fn apply(replica: &Replica, source: u64, epoch: u64, version: u64, batch: FollowBatch) -> Result<(), Broken> {
+async fn apply(replica: &Replica, source: u64, epoch: u64, asked: Asked, batch: FollowBatch) -> Result<(), Broken> {
     let mut records = Vec::with_capacity(batch.records.len());
     for shipped in batch.records {
         let record = Record::decode(shipped.record).map_err(|e| Broken::Apply(e.to_string()))?;
@@ -367,7 +372,7 @@ async fn apply(replica: &Replica, source: u64, epoch: u64, version: u64, batch: 
         records,
         positions: position.into_iter().collect(),
         clock: batch.clock,
-        version,
+        asked: Some(asked),
     };
     replica.apply(batch).await.map_err(|refused| Broken::Apply(refused.message))
 }
@@ -398,9 +403,8 @@ async fn catch_up(
         if covers(replica, &required) {
             return replica.apply(begin(required.birth_seq)).await.map_err(|r| Broken::Apply(r.message));
         }
-        let reachable = required.births.iter().all(|b| {
-            b.replica == replica.id || topology.sources(replica.id).iter().any(|p| p.assignment.replica == b.replica)
-        });
+        let reachable =
+            required.births.iter().all(|b| b.replica == replica.id || topology.is_source(b.replica, replica.id));
         if !reachable || tokio::time::Instant::now() >= deadline {
             break;
         }

@@ -455,7 +455,7 @@ impl Pass<'_> {
             first = %keys.first().map(|key| key.escape_ascii().to_string()).unwrap_or_default(),
             "records were lost or altered here; they are joined in from another replica"
         );
-        let batch = PeerBatch { from: end.origin, records, positions: Vec::new(), clock: end.clock, version: 0 };
+        let batch = PeerBatch { from: end.origin, records, positions: Vec::new(), clock: end.clock, asked: None };
         self.replica.apply(batch).await.map_err(|refused| Trouble::Apply(refused.message))?;
         Ok(count)
     }

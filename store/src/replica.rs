@@ -18,7 +18,7 @@ use crate::merge::Limits;
 use crate::meta::{self, Fence};
 use crate::metrics::Counts;
 use crate::record::Stamp;
-use crate::writer::{Command, LocalWrite, PeerBatch, Refused, Start, Writer};
+use crate::writer::{Asked, Command, LocalWrite, PeerBatch, Refused, Start, Writer};
 
 /// Commands that may wait for a writer.
 const QUEUE: usize = 1024;
@@ -133,6 +133,7 @@ pub struct Progress {
     clock: AtomicU64,
     horizon: AtomicU64,
     trimmed: AtomicU64,
+    cleanups: AtomicU64,
     served: AtomicBool,
     /// The disk is full.
     pub full: AtomicBool,
@@ -195,6 +196,14 @@ impl Progress {
         state.applied.remove(&source);
         state.synced.remove(&source);
         state.sources.remove(&source);
+    }
+    /// How many clean-ups have forgotten positions since the start.
+    pub fn cleanups(&self) -> u64 {
+        self.cleanups.load(Ordering::Acquire)
+    }
+    /// Counts one, after it has forgotten its positions.
+    pub fn count_cleanup(&self) {
+        self.cleanups.fetch_add(1, Ordering::AcqRel);
     }
     /// All applied positions.
     pub fn positions(&self) -> BTreeMap<u64, Position> {
@@ -494,6 +503,7 @@ impl Replica {
             clock: AtomicU64::new(found.clock),
             horizon: AtomicU64::new(found.horizon),
             trimmed: AtomicU64::new(found.trimmed),
+            cleanups: AtomicU64::new(0),
             served: AtomicBool::new(found.served),
             full: AtomicBool::new(false),
             synced_writes: AtomicBool::new(settings.synced),
@@ -584,6 +594,11 @@ impl Replica {
 
     fn stopping() -> Refused {
         Refused::new(FailureCode::NotReady, "the replica is stopping")
+    }
+
+    /// For what is asked of a peer from here on, under this topology.
+    pub fn asked(&self, version: u64) -> Asked {
+        Asked { version, cleanups: self.progress.cleanups() }
     }
 
     /// Applies a peer's records and positions; waits for room.

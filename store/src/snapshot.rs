@@ -108,17 +108,12 @@ pub async fn serve(
         return;
     }
     // Only a target that the topology names holds back what it has yet to confirm.
-    let returned = topology.handing_over(request.target).iter().any(|g| g.replica == replica.id);
-    if !returned && !topology.sources(request.target).iter().any(|p| p.assignment.replica == replica.id) {
-        let why = format!(
-            "replica {:016x} is no target of this one by topology version {}",
-            request.target, topology.version
-        );
+    if let Some(why) = stranger(&topology, replica.id, request.target) {
         let _ = out.send(respond(Message::NotReady(why))).await;
         return;
     }
     let resume_elsewhere = request.after.is_some() && request.epoch != birth.epoch;
-    let source = Source { replica: replica.clone(), topology, request, epoch: birth.epoch };
+    let source = Source { keyspace: keyspace.clone(), replica: replica.clone(), topology, request, epoch: birth.epoch };
     if resume_elsewhere {
         let start = SnapshotStart { epoch: birth.epoch, restart: true, ..SnapshotStart::default() };
         let _ = out.send(respond(Message::Start(start))).await;
@@ -140,12 +135,20 @@ pub async fn serve(
     }
 }
 
+/// Why by this topology there is nothing to be sent to the target.
+fn stranger(topology: &Topology, source: u64, target: u64) -> Option<String> {
+    let returned = topology.handing_over(target).iter().any(|g| g.replica == source);
+    (!returned && !topology.is_source(source, target))
+        .then(|| format!("replica {target:016x} is no target of this one by topology version {}", topology.version))
+}
+
 /// Why a replica with a fault can't be copied, in words.
 fn faulty(replica: &Replica) -> Option<String> {
     replica.progress.fault().map(|_| format!("it can't be copied: {}", replica.progress.fault_text()))
 }
 
 struct Source {
+    keyspace: Arc<Keyspace>,
     replica: Arc<Replica>,
     topology: Arc<Topology>,
     request: SnapshotRequest,
@@ -158,9 +161,11 @@ type Send<'a> = &'a mut dyn FnMut(Message) -> bool;
 impl Source {
     /// Syncs what is about to be sent; why it can't be sent, if so. A copy says of itself where it came from, and
     /// whoever has passed that is taken to hold all of it: so none may be made of what this replica may yet lose.
+    /// Nor of one that may have begun, before the snapshot was taken, to delete what it has handed over.
     fn secure(&self) -> Result<Option<String>, engine::Error> {
         self.replica.sync_engine()?;
-        Ok(faulty(&self.replica))
+        let fault = faulty(&self.replica);
+        Ok(fault.or_else(|| stranger(&self.keyspace.topology(), self.replica.id, self.request.target)))
     }
 
     fn records(&self, send: Send<'_>) -> Result<(), engine::Error> {
@@ -497,7 +502,7 @@ pub async fn take_over(keyspace: Arc<Keyspace>, replica: Arc<Replica>, source: u
 }
 
 async fn take_over_once(keyspace: &Arc<Keyspace>, replica: &Arc<Replica>, from: Origin) -> Result<usize, Error> {
-    let version = keyspace.version();
+    let asked = Some(replica.asked(keyspace.version()));
     let mut reader = Reader::new(keyspace.clone(), from, replica.id, false);
     reader.begin().await?;
     let mut taken = 0;
@@ -506,7 +511,7 @@ async fn take_over_once(keyspace: &Arc<Keyspace>, replica: &Arc<Replica>, from: 
             Part::Records(mut records) => {
                 records.retain(|(_, record)| record.greatest_stamp().time > replica.progress.horizon());
                 taken += records.len();
-                let batch = PeerBatch { records, clock: reader.clock, version, ..PeerBatch::default() };
+                let batch = PeerBatch { records, clock: reader.clock, asked, ..PeerBatch::default() };
                 replica.apply(batch).await.map_err(|refused| Error::Store(refused.message))?;
             }
             Part::File(_) => return Err(Error::Store("files were sent unasked".into())),
@@ -529,7 +534,7 @@ pub async fn join_from(
     store: &str,
 ) -> Result<(), Error> {
     let from = Origin { replica: source, store: store.to_owned() };
-    let version = keyspace.version();
+    let asked = Some(replica.asked(keyspace.version()));
     let mut reader = Reader::new(keyspace.clone(), from, replica.id, false);
     let total = reader.begin().await?.records_total;
     replica.progress.update_source(source, |s| s.records_total = total);
@@ -539,7 +544,7 @@ pub async fn join_from(
             Part::Records(records) => {
                 let count = records.len() as u64;
                 let bytes: usize = records.iter().map(|(k, r)| k.len() + r.size()).sum();
-                replica.apply(PeerBatch { records, version, ..PeerBatch::default() }).await.map_err(store_error)?;
+                replica.apply(PeerBatch { records, asked, ..PeerBatch::default() }).await.map_err(store_error)?;
                 replica.progress.update_source(source, |s| {
                     s.records += count;
                     s.bytes += bytes as u64;
@@ -557,6 +562,6 @@ pub async fn join_from(
             p.replica == source || replica.progress.position(p.replica).is_none_or(|mine| mine.epoch != p.epoch)
         })
         .collect();
-    let batch = PeerBatch { positions, clock: reader.clock, version, ..PeerBatch::default() };
+    let batch = PeerBatch { positions, clock: reader.clock, asked, ..PeerBatch::default() };
     replica.apply(batch).await.map_err(store_error)
 }

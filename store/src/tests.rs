@@ -2,6 +2,7 @@
 //! no stamp, seq or merge used twice whatever a crash takes, fences that outlive a restart,
 //! positions that never skip silently, tombstones that go only when all have confirmed.
 
+mod copy;
 mod repair;
 mod whole;
 
@@ -25,7 +26,7 @@ use crate::merge::{Change, Limits, LocalOp};
 use crate::meta;
 use crate::record::{Base, Chunk, Content, Kind, Number, Op, Record, Slot, Stamp, time_of};
 use crate::replica::{Context, Replica, Settings};
-use crate::writer::{LocalWrite, PeerBatch, Refused};
+use crate::writer::{Asked, LocalWrite, PeerBatch, Refused};
 
 const ME: u64 = 7;
 const PEER: u64 = 8;
@@ -112,7 +113,7 @@ fn from_peer(key: &str, record: Record, seq: u64) -> PeerBatch {
         records: vec![(Bytes::copy_from_slice(key.as_bytes()), record)],
         positions: vec![Position { replica: PEER, epoch: 1, seq }],
         clock: 0,
-        version: 1,
+        asked: Some(Asked { version: 1, cleanups: 0 }),
     }
 }
 
@@ -270,7 +271,10 @@ async fn what_was_asked_for_under_a_topology_that_the_writer_does_not_know_is_re
     let dir = tempfile::tempdir().unwrap();
     let key = (0..).map(|i| format!("key-{i}")).find(|k| jump_hash(partition_hash(k.as_bytes()), 2) == 1).unwrap();
     let replica = open(dir.path(), &stable(1, &[&[ME], &[PEER]]));
-    let gained = || PeerBatch { version: 2, ..from_peer(&key, record(&key, 1, Content::Bytes("x".into())), 10) };
+    let gained = || PeerBatch {
+        asked: Some(Asked { version: 2, cleanups: 0 }),
+        ..from_peer(&key, record(&key, 1, Content::Bytes("x".into())), 10)
+    };
     // It is about to own all keys, and its writer has not heard of that yet.
     assert_eq!(replica.apply(gained()).await.unwrap_err().code, FailureCode::NotReady);
     assert_eq!(replica.progress.position(PEER), None, "what was refused comes again");
@@ -408,6 +412,23 @@ async fn what_a_peer_gave_is_confirmed_only_once_it_is_synced() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_position_is_not_ahead_of_the_records_that_it_stands_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let replica = open(dir.path(), &stable(1, &[&[ME, PEER]]));
+    let mut damage = Batch::default();
+    damage.put_record(b"damaged", 1, 0, b"no record");
+    replica.engine.write(&damage, true).unwrap();
+    let both = vec![
+        (Bytes::from_static(b"fine"), record("fine", 1, Content::Nothing)),
+        (Bytes::from_static(b"damaged"), record("damaged", 1, Content::Nothing)),
+    ];
+    let batch = PeerBatch { records: both, ..from_peer("fine", record("fine", 1, Content::Nothing), 10) };
+    replica.apply(batch).await.unwrap_err();
+    assert_eq!(replica.progress.position(PEER), None);
+    assert_eq!(meta::read(&replica.engine).unwrap().positions, []);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn clean_up_forgets_positions_in_other_shards() {
     let dir = tempfile::tempdir().unwrap();
     let replica = open(dir.path(), &stable(1, &[&[ME, PEER], &[9]]));
@@ -422,6 +443,11 @@ async fn clean_up_forgets_positions_in_other_shards() {
     assert_eq!(replica.progress.position(9), None, "what was copied from there is deleted");
     let kept: Vec<u64> = meta::read(&replica.engine).unwrap().positions.iter().map(|p| p.replica).collect();
     assert_eq!(kept, [PEER]);
+    // What was asked for before goes on behind what was deleted.
+    let late = from_peer("key", record("key", 1, Content::Nothing), 5);
+    assert_eq!(replica.apply(late).await.unwrap_err().code, FailureCode::NotReady);
+    let anew = PeerBatch { asked: Some(replica.asked(1)), ..from_peer("key", record("key", 1, Content::Nothing), 5) };
+    replica.apply(anew).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]

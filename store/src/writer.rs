@@ -69,9 +69,18 @@ pub struct PeerBatch {
     pub positions: Vec<Position>,
     /// The peer's clock.
     pub clock: u64,
-    /// The topology under which all this was asked for. A writer that knows only an older one would drop, as
-    /// foreign, what its replica is about to own.
+    /// What was known when all this was asked for; `None`: of the replica's own shard, whatever is known.
+    pub asked: Option<Asked>,
+}
+
+/// What a replica knew, and had deleted, when it began to ask a peer for its changes or a copy.
+#[derive(Debug, Clone, Copy)]
+pub struct Asked {
+    /// The topology. A writer that knows only an older one would drop, as foreign, what its replica is about to own.
     pub version: u64,
+    /// The clean-ups until then. Each deletes what had been copied until then from other shards: what goes on from
+    /// there would leave a gap.
+    pub cleanups: u64,
 }
 
 /// What the queue holds.
@@ -305,6 +314,7 @@ impl Writer {
             batch.delete_position(id);
             self.progress.forget_position(id);
         }
+        self.progress.count_cleanup();
     }
 
     fn install(&mut self, topology: Arc<Topology>, batch: &mut Batch, pending: &mut Pending) {
@@ -418,12 +428,18 @@ impl Writer {
         if self.full {
             return Err(Refused::new(FailureCode::NoSpace, "the disk is full".to_string()));
         }
-        if peer.version > self.topology.version {
-            let message = format!(
-                "topology version {} is not known to the writer yet, only {}",
-                peer.version, self.topology.version
-            );
-            return Err(Refused::new(FailureCode::NotReady, message));
+        if let Some(asked) = peer.asked {
+            if asked.version > self.topology.version {
+                let message = format!(
+                    "topology version {} is not known to the writer yet, only {}",
+                    asked.version, self.topology.version
+                );
+                return Err(Refused::new(FailureCode::NotReady, message));
+            }
+            if asked.cleanups != self.progress.cleanups() {
+                let message = "what was copied before has been cleaned up since: it has to be asked for anew";
+                return Err(Refused::new(FailureCode::NotReady, message));
+            }
         }
         self.clock.observe(peer.clock);
         let ahead_ms = Clock::ahead_ms(self.clock.last(), self.env.now_ms());

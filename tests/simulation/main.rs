@@ -197,6 +197,7 @@ impl World<'_> {
     /// Everything works again.
     fn heal(&mut self) {
         self.note("all is mended");
+        book(&self.shared).look_again();
         let names = machines();
         for (i, a) in names.iter().enumerate() {
             for b in &names[i + 1..] {
@@ -236,7 +237,7 @@ impl World<'_> {
             self.step()?;
         }
         self.heal();
-        // Wishes may not have got through yet.
+        // Wishes may not have got through yet, and what was seen before all was mended is of no use.
         let rests = |book: &Book| book.wishes.is_empty() && settled(&book.resource);
         if !self.until(RESTS_WITHIN, rests)? {
             return Err(format!("it has not come to rest after {RESTS_WITHIN:?}: {}", self.resource()));

@@ -58,8 +58,10 @@ pub struct Book {
     /// Callers under way.
     pub busy: usize,
     pub wishes: VecDeque<Wish>,
-    /// The resource as last seen.
+    /// The resource as last seen since all was mended, and since the last wish was carried out.
     pub resource: Value,
+    /// Counts what makes an earlier look at the resource tell nothing.
+    looks: u64,
     /// What the check at the end has found.
     pub checked: Option<Result<(), String>>,
     pub check: bool,
@@ -92,6 +94,12 @@ impl Book {
     pub fn violation(&mut self, line: String) {
         self.note(&format!("VIOLATION {line}"));
         self.violations.push(line);
+    }
+
+    /// What was seen of the resource says nothing about what is to come.
+    pub fn look_again(&mut self) {
+        self.looks += 1;
+        self.resource = Value::Null;
     }
 
     /// A number that nobody had.
@@ -212,8 +220,10 @@ impl Machine {
                 // Those that can't be reached are asked again; a refusal is an answer.
                 if matches!(done, Ok(Ok(()) | Err(tonic::Code::InvalidArgument | tonic::Code::FailedPrecondition))) {
                     book.wishes.pop_front();
+                    book.look_again();
                 }
             }
+            let look = book(&shared).looks;
             if let Ok(Ok(resource)) = tokio::time::timeout(Duration::from_secs(1), describe(&client)).await {
                 let mut book = book(&shared);
                 let brief = brief(&resource);
@@ -223,7 +233,9 @@ impl Machine {
                 if let Some(orphan) = without_owner(&resource) {
                     book.violation(format!("nobody has shard {orphan}: {brief}"));
                 }
-                book.resource = resource;
+                if book.looks == look {
+                    book.resource = resource;
+                }
             }
             let wanted = {
                 let book = book(&shared);

@@ -22,7 +22,9 @@ pub(super) fn step(t: &mut Topology, call: &mut Call<'_>) {
             Fate::Vacant => {}
             Fate::Living(old) => {
                 let losing = lost_shards(t, &place, retired);
-                if let Some(shard) = losing.iter().copied().find(|j| !ripe(t, seen, *j, old)) {
+                // One that was told to delete already is nobody's source any more.
+                let told = t.clean.contains(&replica);
+                if let Some(shard) = losing.iter().copied().find(|j| !told && !ripe(t, seen, *j, old)) {
                     call.wait(Wait::Drain { shard, store });
                     done = false;
                 } else if old.fence_version != t.switch_version {
@@ -35,7 +37,7 @@ pub(super) fn step(t: &mut Topology, call: &mut Call<'_>) {
                     }
                     t.drops.push(Drop { store, replica, shard: place.shard });
                 } else if old.cleaned_version != t.switch_version {
-                    if !t.clean.contains(&replica) {
+                    if !told {
                         unserve_absent(t, seen, &losing);
                         t.clean.push(replica);
                     }

@@ -302,6 +302,10 @@ async fn a_store_is_ready_when_it_serves_what_it_is_assigned() {
     again.resume().await;
     let why = again.ready().unwrap_err();
     assert!(why.contains("shop/orders") && why.contains("topology version 5"), "{why}");
+    let answers = server(&again).answer(batch([putting(1, "key")])).await;
+    let waits =
+        |(code, words): (FailureCode, &str)| code == FailureCode::NotReady && words.contains("current topology");
+    assert!(refusal(&answers[0]).is_some_and(waits), "what it knew may be long past: {answers:?}");
     again.install(update(stable(UID, 5, &[id]))).await;
     assert_eq!(again.ready(), Ok(()));
     again.keyspace(UID).unwrap().replica(id).unwrap().progress.poison("a sync failed".into());
