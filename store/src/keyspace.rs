@@ -255,6 +255,17 @@ impl Keyspace {
         None
     }
 
+    /// The greatest clock of the replicas here other than this one.
+    pub fn clock_beside(&self, id: u64) -> u64 {
+        let members = self.members();
+        let others = members.iter().filter(|(other, _)| **other != id);
+        let clock = |member: &Member| match &member.slot {
+            Slot::Open(replica) => Some(replica.progress.clock()),
+            _ => None,
+        };
+        others.filter_map(|(_, member)| clock(member)).max().unwrap_or_default()
+    }
+
     /// The replica here that serves this shard in a readable view of that size.
     pub fn reader(&self, shard: u32, shards: u32) -> Option<Arc<Replica>> {
         let update = self.update.borrow();

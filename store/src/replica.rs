@@ -131,6 +131,7 @@ pub struct Progress {
     heard: watch::Sender<()>,
     synced_seq: AtomicU64,
     clock: AtomicU64,
+    passed: AtomicU64,
     horizon: AtomicU64,
     trimmed: AtomicU64,
     cleanups: AtomicU64,
@@ -246,6 +247,14 @@ impl Progress {
     /// The greatest stamp time seen.
     pub fn clock(&self) -> u64 {
         self.clock.load(Ordering::Acquire)
+    }
+    /// What is taken from callers from here on gets stamps past this time.
+    pub fn pass(&self, time: u64) {
+        self.passed.fetch_max(time, Ordering::AcqRel);
+    }
+    /// The greatest that was told so.
+    pub fn passed(&self) -> u64 {
+        self.passed.load(Ordering::Acquire)
     }
     /// By the writer, after a batch.
     pub fn set_clock(&self, time: u64) {
@@ -501,6 +510,7 @@ impl Replica {
             heard: watch::Sender::new(()),
             synced_seq: AtomicU64::new(seq),
             clock: AtomicU64::new(found.clock),
+            passed: AtomicU64::new(0),
             horizon: AtomicU64::new(found.horizon),
             trimmed: AtomicU64::new(found.trimmed),
             cleanups: AtomicU64::new(0),

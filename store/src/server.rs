@@ -107,6 +107,11 @@ impl Server {
         }
         self.counts.add(&refused);
         let now = self.env.now_ms();
+        for work in work.values().filter(|work| !work.writes.is_empty()) {
+            // A caller tells the greatest stamp of others than the replica that it takes for the shard's. It may know
+            // an older topology than this store, and have its stamps from another replica here.
+            work.replica.progress.pass(work.keyspace.clock_beside(work.replica.id));
+        }
         let done = futures::future::join_all(work.into_values().map(|w| w.run(now, &self.counts))).await;
         answers.extend(done.into_iter().flatten());
         answers

@@ -254,6 +254,7 @@ impl Writer {
     ) {
         match command {
             Command::Local(writes, reply, _room) => {
+                self.clock.observe(self.progress.passed());
                 let results = writes.into_iter().map(|w| self.local(w, batch, overlay)).collect();
                 // `Synced`: the log is synced before the batch is answered.
                 pending.sync |= self.progress.synced_writes();

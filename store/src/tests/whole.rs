@@ -14,13 +14,14 @@ use tokio_stream::wrappers::{TcpListenerStream, WatchStream};
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 use vasto_client::env::Env;
+use vasto_client::hash::partition_hash;
 use vasto_client::v1::operator_server::{self, OperatorServer};
 use vasto_client::v1::peer_server::Peer;
 use vasto_client::v1::store_client::StoreClient;
 use vasto_client::v1::{
-    Answer, Assignment, Batch, FailureCode, FollowStart, Get, KeyspaceUpdate, Operation, Phase, Put, Shard,
-    SnapshotRequest, StoreAddress, StoreReport, StoreUpdate, Topology, View, WatchRequest, WatchResponse, answer,
-    follow_response, operation, put, snapshot_response,
+    self, Answer, Assignment, Batch, FailureCode, FollowStart, Get, KeyspaceUpdate, Operation, Phase, Put,
+    ReplicaReport, Shard, SnapshotRequest, StoreAddress, StoreReport, StoreUpdate, Topology, View, WatchRequest,
+    WatchResponse, answer, follow_response, operation, put, snapshot_response,
 };
 
 use super::context;
@@ -146,6 +147,50 @@ async fn a_source_that_knows_only_an_older_topology_than_who_asks_is_not_ready()
     let (snapshot, follow) = said(5).await;
     assert!(matches!(snapshot, snapshot_response::Message::NotReady(_)), "{snapshot:?}");
     assert!(matches!(follow, follow_response::Message::NotReady(_)), "{follow:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replicas_stamps_are_past_those_of_the_others_on_its_store() {
+    let dir = tempfile::tempdir().unwrap();
+    let host = host(dir.path(), Some(UID));
+    let both = |ids: [u64; 2]| {
+        let shards = ids.iter().flat_map(|id| view(&[*id]).unwrap().shards).collect();
+        Some(View { shards })
+    };
+    let reported = || -> Vec<ReplicaReport> {
+        let mut replicas: Vec<_> = host.report().keyspaces.into_iter().flat_map(|k| k.replicas).collect();
+        replicas.sort_by_key(|r| r.shard);
+        replicas
+    };
+    host.install(update(Topology { next: both([0, 0]), ..prepare(UID, 1, &[]) })).await;
+    let made = reported();
+    let ids = [made[0].id, made[1].id];
+    host.install(update(Topology { next: both(ids), ..prepare(UID, 2, &[]) })).await;
+    let changed = host.changed();
+    let born = async {
+        while reported().iter().any(|r| !r.born) {
+            changed.notified().await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, born).await.expect("candidates of empty shards are born");
+    host.install(update(Topology { current: both(ids), ..stable(UID, 3, &[]) })).await;
+
+    let server = server(&host);
+    let stamp = |answer: &Answer| match &answer.result {
+        Some(answer::Result::Written(written)) => written.stamp.unwrap().time,
+        other => panic!("{other:?}"),
+    };
+    let shard = |key: &str| vasto_client::hash::jump_hash(partition_hash(key.as_bytes()), 2);
+    let of = |wanted: u32| (0..).map(|i| format!("key-{i}")).find(|key| shard(key) == wanted).unwrap();
+    // One's clock is ahead, as after a write of a caller that was elsewhere before.
+    let ahead = v1::Stamp { time: crate::record::time_of(Env::real().now_ms() + 5_000), origin: 3 };
+    let pulled = Operation { after: Some(ahead), ..putting(1, &of(0)) };
+    let before = stamp(&server.answer(batch([pulled])).await[0]);
+    assert!(before > ahead.time);
+    // The caller knows only of one shard yet, and takes the same replica for this key's: it need not tell its stamps.
+    let after = stamp(&server.answer(batch([putting(2, &of(1))])).await[0]);
+    assert!(after > before, "{after} after {before}");
+    host.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
