@@ -11,12 +11,12 @@ use tokio::time::{Instant, timeout_at};
 
 use crate::client::Client;
 use crate::error::Error;
-use crate::op::{Merge, Op, Options, Outcome, Prepared};
+use crate::op::{Merge, Op, Options, Outcome, Prepared, Returning};
 use crate::pipe::{Broken, Full, Ticket};
 use crate::pool::Link;
 use crate::route::{Attempt, Candidate, Kind, Next, Route, Trouble, decide};
 use crate::session::Session;
-use crate::v1::{FailureCode, KeyspaceUpdate, Operation, Phase, answer};
+use crate::v1::{self, FailureCode, KeyspaceUpdate, Operation, Phase, answer};
 use crate::value::{Data, Value};
 use crate::watch::{Status, Subscription};
 
@@ -227,6 +227,11 @@ impl Keyspace {
         self.shared.subscription.latest.subscribe()
     }
 
+    /// Whether it has been deleted, as far as this client has heard.
+    pub fn is_gone(&self) -> bool {
+        self.shared.wired().is_err()
+    }
+
     /// Reads a key. `None`: it holds nothing.
     ///
     /// ```no_run
@@ -352,6 +357,20 @@ impl Keyspace {
     /// ```
     pub async fn append(&self, key: impl AsRef<[u8]>, bytes: impl AsRef<[u8]>) -> Result<(), Error> {
         self.merge_with(key, Merge::Append(copy(bytes)), Options::default()).await
+    }
+
+    /// Lets a key read as nothing after this long; `None`: never. Whether it held anything to expire.
+    /// What the key holds is put again for it, so what other replicas took at the same time is outdated.
+    ///
+    /// ```no_run
+    /// # async fn example(map: vasto_client::Keyspace) -> Result<(), vasto_client::Error> {
+    /// map.expire("session", Some(std::time::Duration::from_secs(60))).await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub async fn expire(&self, key: impl AsRef<[u8]>, ttl: Option<Duration>) -> Result<bool, Error> {
+        let options = Options::new().returning(Returning::Before).head();
+        Ok(self.one(Op::expire(copy(key), ttl).with(options)).await?.value().is_some())
     }
 
     /// Any merge, with options.
@@ -554,7 +573,10 @@ impl Keyspace {
                 let stamp = written.stamp.map(Into::into).unwrap_or_default();
                 let giver = if written.replica == 0 { tried.replica } else { written.replica };
                 self.shared.session().saw(tried.wired.route.size(), tried.shard, giver, stamp);
-                Some(Outcome::Written(stamp))
+                Some(match op.returning {
+                    v1::Returning::Nothing => Outcome::Written(stamp),
+                    _ => Outcome::Returned(stamp, written.value.map(Value::from)),
+                })
             }
             _ => None,
         }

@@ -48,7 +48,7 @@ pub use env::Env;
 pub use error::{Code, Error};
 pub use inspect::{Compacted, Inspection, Located, LocatedStore};
 pub use keyspace::Keyspace;
-pub use op::{MAX_KEY, MAX_VALUE, Merge, Op, Options, Outcome, PutOptions};
+pub use op::{MAX_KEY, MAX_VALUE, Merge, Op, Options, Outcome, PutOptions, Returning};
 pub use scan::{Scan, ScanOptions};
 pub use value::{Data, Entry, Stamp, Value};
 

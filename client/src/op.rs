@@ -37,6 +37,32 @@ pub struct Options {
     pub partition_key: Option<Bytes>,
     /// How long to try, in place of the client's own (10 seconds unless set).
     pub deadline: Option<Duration>,
+    /// For a put: the value reads as nothing when what it replaces would have.
+    pub keep_ttl: bool,
+    /// For what changes a key: to be answered with what the key held or holds.
+    pub returning: Option<Returning>,
+    /// Of the value that is answered only the head: all but its bytes.
+    pub head: bool,
+}
+
+/// What the answer to a change tells of the key, as the replica that took it had it. Another
+/// replica may have taken changes that this one has not heard of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Returning {
+    /// What the key held just before.
+    Before,
+    /// What the key holds just after.
+    After,
+}
+
+impl From<Option<Returning>> for v1::Returning {
+    fn from(returning: Option<Returning>) -> Self {
+        match returning {
+            None => Self::Nothing,
+            Some(Returning::Before) => Self::Before,
+            Some(Returning::After) => Self::After,
+        }
+    }
 }
 
 /// The options of a put. The same as those of every operation.
@@ -75,6 +101,27 @@ impl Options {
         self.deadline = Some(deadline);
         self
     }
+
+    /// Sets [`Options::keep_ttl`].
+    #[must_use]
+    pub fn keep_ttl(mut self) -> Self {
+        self.keep_ttl = true;
+        self
+    }
+
+    /// Sets [`Options::returning`].
+    #[must_use]
+    pub fn returning(mut self, what: Returning) -> Self {
+        self.returning = Some(what);
+        self
+    }
+
+    /// Sets [`Options::head`].
+    #[must_use]
+    pub fn head(mut self) -> Self {
+        self.head = true;
+        self
+    }
 }
 
 /// An operation that combines with what the key holds. A key that holds
@@ -97,6 +144,7 @@ enum Action {
     Put(Data),
     Delete,
     Merge(Merge),
+    Expire(Option<Duration>),
 }
 
 /// One operation of a batch.
@@ -115,6 +163,21 @@ impl Op {
     /// Reads a key.
     pub fn get(key: impl Into<Bytes>) -> Self {
         Self::new(key, Action::Get)
+    }
+
+    /// The key that it is about.
+    pub fn key(&self) -> &Bytes {
+        &self.key
+    }
+
+    /// Whether it changes nothing.
+    pub fn is_read(&self) -> bool {
+        self.action == Action::Get
+    }
+
+    /// Reads of a key all but its bytes.
+    pub fn head(key: impl Into<Bytes>) -> Self {
+        Self::get(key).with(Options::new().head())
     }
 
     /// Puts bytes or a number under a key.
@@ -152,6 +215,12 @@ impl Op {
         Self::merge(key, Merge::Append(bytes.into()))
     }
 
+    /// Lets a key read as nothing after this long; `None`: never. What the key holds is put again for it, so it
+    /// outdates what other replicas took at the same time. Of a key that holds nothing: does nothing.
+    pub fn expire(key: impl Into<Bytes>, ttl: Option<Duration>) -> Self {
+        Self::new(key, Action::Expire(ttl))
+    }
+
     /// The same operation with these options.
     #[must_use]
     pub fn with(mut self, options: Options) -> Self {
@@ -174,11 +243,22 @@ impl Op {
             Action::Merge(Merge::Max(_)) => ("max", Kind::Merge),
             Action::Merge(Merge::Min(_)) => ("min", Kind::Merge),
             Action::Merge(Merge::Append(_)) => ("append", Kind::Merge),
+            Action::Expire(_) => ("expire", Kind::Write),
         };
+        let returning = options.returning;
+        if returning.is_some() && kind == Kind::Read {
+            return Err(Error::Invalid(format!("get {} was told what to return; only a change is", show(&key))));
+        }
+        // Repeated, it would answer what its own first execution left.
+        let kind = if returning.is_some() { Kind::Merge } else { kind };
+        if options.keep_ttl && (verb != "put" || options.ttl.is_some()) {
+            let words = "was told to keep the key's ttl; only a put without one of its own is";
+            return Err(Error::Invalid(format!("{verb} {} {words}", show(&key))));
+        }
         if options.ttl.is_some() && verb != "put" {
             return Err(Error::Invalid(format!("{verb} {} was given a ttl; only put takes one", show(&key))));
         }
-        if options.time_ms.is_some() && kind != Kind::Write {
+        if options.time_ms.is_some() && !matches!(verb, "put" | "delete") {
             let words = "was given an event time; only put and delete take one";
             return Err(Error::Invalid(format!("{verb} {} {words}", show(&key))));
         }
@@ -191,12 +271,12 @@ impl Op {
             Action::Get => operation::Kind::Get(v1::Get {}),
             Action::Put(data) => {
                 check_value(verb, &key, data.len())?;
-                let expiry_ms = expiry(&key, options.ttl, now_ms)?;
+                let expiry_ms = expiry(verb, &key, options.ttl, now_ms)?;
                 let value = Some(match data {
                     Data::Bytes(bytes) => v1::put::Value::Bytes(bytes),
                     Data::Number(number) => v1::put::Value::Number(number),
                 });
-                operation::Kind::Put(v1::Put { value, expiry_ms, time_ms })
+                operation::Kind::Put(v1::Put { value, expiry_ms, time_ms, keep_expiry: options.keep_ttl })
             }
             Action::Delete => operation::Kind::Delete(v1::Delete { time_ms }),
             Action::Merge(Merge::Add(n)) => number(verb, &key, v1::MergeKind::Sum, n)?,
@@ -206,10 +286,13 @@ impl Op {
                 check_value(verb, &key, bytes.len())?;
                 operation::Kind::Append(v1::Append { bytes })
             }
+            Action::Expire(ttl) => operation::Kind::Expire(v1::Expire { expiry_ms: expiry(verb, &key, ttl, now_ms)? }),
         };
         let hash = partition_hash(options.partition_key.as_ref().unwrap_or(&key));
         let deadline = options.deadline.unwrap_or(deadline);
-        Ok(Prepared { key, partition_key: options.partition_key, hash, wire, kind, verb, deadline })
+        let returning = returning.into();
+        let (partition_key, head) = (options.partition_key, options.head);
+        Ok(Prepared { key, partition_key, hash, wire, kind, verb, deadline, returning, head })
     }
 }
 
@@ -236,14 +319,14 @@ fn check_value(verb: &str, key: &[u8], len: usize) -> Result<(), Error> {
     Ok(())
 }
 
-fn expiry(key: &[u8], ttl: Option<Duration>, now_ms: u64) -> Result<u64, Error> {
+fn expiry(verb: &str, key: &[u8], ttl: Option<Duration>, now_ms: u64) -> Result<u64, Error> {
     let Some(ttl) = ttl else { return Ok(0) };
     let ms = u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX);
     if ms == 0 {
-        return Err(Error::Invalid(format!("put {}: the ttl is {ttl:?}; it must be at least 1 ms", show(key))));
+        return Err(Error::Invalid(format!("{verb} {}: the ttl is {ttl:?}; it must be at least 1 ms", show(key))));
     }
     now_ms.checked_add(ms).ok_or_else(|| {
-        Error::Invalid(format!("put {}: the ttl of {ttl:?} ends beyond all time; leave it out for never", show(key)))
+        Error::Invalid(format!("{verb} {}: the ttl of {ttl:?} ends beyond all time; leave it out for never", show(key)))
     })
 }
 
@@ -265,6 +348,8 @@ pub(crate) struct Prepared {
     pub(crate) kind: Kind,
     verb: &'static str,
     pub(crate) deadline: Duration,
+    pub(crate) returning: v1::Returning,
+    head: bool,
 }
 
 impl Prepared {
@@ -279,6 +364,8 @@ impl Prepared {
             partition_key: self.partition_key.clone(),
             after: after.map(v1::Stamp::from),
             kind: Some(self.wire.clone()),
+            returning: self.returning.into(),
+            head: self.head,
         }
     }
 
@@ -313,13 +400,16 @@ pub enum Outcome {
     Nothing,
     /// A write was taken, with this stamp.
     Written(Stamp),
+    /// The same, with what [`Options::returning`] asked for; `None`: the key held nothing.
+    Returned(Stamp, Option<Value>),
 }
 
 impl Outcome {
-    /// What a get found.
+    /// What a get found, or what a change was to return.
     pub fn value(self) -> Option<Value> {
         match self {
             Self::Found(value) => Some(value),
+            Self::Returned(_, value) => value,
             Self::Nothing | Self::Written(_) => None,
         }
     }
@@ -365,6 +455,19 @@ mod tests {
         assert!(refusal(Op::put("k", "v").with(Options::new().time_ms(0))).contains("above 0"));
         assert!(refusal(Op::put("k", "v").with(Options::new().ttl(Duration::ZERO))).contains("at least 1 ms"));
         assert!(refusal(Op::put("k", "v").with(Options::new().ttl(Duration::MAX))).contains("beyond all time"));
+        assert!(refusal(Op::expire("k", Some(Duration::ZERO))).contains("at least 1 ms"));
+        let keep = Options::new().keep_ttl();
+        assert!(refusal(Op::delete("k").with(keep.clone())).contains("only a put"));
+        assert!(refusal(Op::put("k", "v").with(keep.ttl(Duration::from_secs(1)))).contains("without one of its own"));
+        assert!(refusal(Op::get("k").with(Options::new().returning(Returning::After))).contains("only a change"));
+    }
+
+    #[test]
+    fn what_returns_something_is_never_repeated() {
+        let kind = |op: Op| op.prepare(0, TEN).unwrap().kind;
+        assert_eq!(kind(Op::delete("k")), Kind::Write);
+        assert_eq!(kind(Op::delete("k").with(Options::new().returning(Returning::Before))), Kind::Merge);
+        assert_eq!(kind(Op::expire("k", None)), Kind::Write);
     }
 
     #[test]

@@ -34,6 +34,8 @@ pub struct ScanOptions {
     pub after: Option<Bytes>,
     /// At most this many.
     pub limit: Option<u64>,
+    /// Values without their bytes.
+    pub head: bool,
 }
 
 impl ScanOptions {
@@ -60,6 +62,13 @@ impl ScanOptions {
     #[must_use]
     pub fn limit(mut self, limit: u64) -> Self {
         self.limit = Some(limit);
+        self
+    }
+
+    /// Sets [`ScanOptions::head`].
+    #[must_use]
+    pub fn head(mut self) -> Self {
+        self.head = true;
         self
     }
 }
@@ -104,6 +113,7 @@ impl Keyspace {
             prefix: options.prefix,
             last: options.after,
             left: options.limit,
+            head: options.head,
             size: 0,
             shards: Vec::new(),
             heads: BinaryHeap::new(),
@@ -127,6 +137,7 @@ struct Merge {
     /// The last key yielded; where all start again.
     last: Option<Bytes>,
     left: Option<u64>,
+    head: bool,
     /// The number of shards that the streams were begun under.
     size: u32,
     shards: Vec<Cursor>,
@@ -228,9 +239,9 @@ impl Merge {
         if !self.hungry {
             return Ok(());
         }
-        let (keyspace, prefix, size) = (&self.keyspace, &self.prefix, self.size);
+        let (keyspace, prefix, size, head) = (&self.keyspace, &self.prefix, self.size, self.head);
         let empty = self.shards.iter_mut().filter(|c| c.buffer.is_empty() && !c.ended);
-        let fills = empty.map(|cursor| cursor.fill(keyspace, prefix, size));
+        let fills = empty.map(|cursor| cursor.fill(keyspace, prefix, size, head));
         futures::future::try_join_all(fills).await?;
         self.hungry = false;
         for index in 0..self.shards.len() {
@@ -259,7 +270,7 @@ fn what(keyspace: &Keyspace) -> String {
 
 impl Cursor {
     /// Receives until there is an entry or the end, from one replica after another.
-    async fn fill(&mut self, keyspace: &Keyspace, prefix: &Bytes, size: u32) -> Result<(), Halt> {
+    async fn fill(&mut self, keyspace: &Keyspace, prefix: &Bytes, size: u32, head: bool) -> Result<(), Halt> {
         let shared = &keyspace.shared;
         let mut deadline = Instant::now() + keyspace.deadline;
         let mut attempt = Attempt::default();
@@ -270,7 +281,7 @@ impl Cursor {
             }
             let others = wired.route.candidates(self.shard).len() > 1;
             let until = if others { deadline.min(Instant::now() + keyspace.deadline / 2) } else { deadline };
-            let (trouble, words) = match timeout_at(until, self.receive(&wired, &attempt, prefix)).await {
+            let (trouble, words) = match timeout_at(until, self.receive(&wired, &attempt, prefix, head)).await {
                 Ok(Ok(true)) => return Ok(()),
                 // Nothing found yet, but it is at work.
                 Ok(Ok(false)) => {
@@ -316,7 +327,13 @@ impl Cursor {
     }
 
     /// The next message of the stream, opened where there is none. False: it was empty.
-    async fn receive(&mut self, wired: &Arc<Wired>, attempt: &Attempt, prefix: &Bytes) -> Result<bool, Stumble> {
+    async fn receive(
+        &mut self,
+        wired: &Arc<Wired>,
+        attempt: &Attempt,
+        prefix: &Bytes,
+        head: bool,
+    ) -> Result<bool, Stumble> {
         let stream = match &mut self.stream {
             Some(stream) => stream,
             None => {
@@ -329,6 +346,7 @@ impl Cursor {
                     prefix: prefix.clone(),
                     after: self.after.clone(),
                     limit: self.left.unwrap_or(0),
+                    head,
                 };
                 let mut store = link.bulk().map_err(Stumble::Broken)?;
                 let opened = store.scan(request).await;

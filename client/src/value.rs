@@ -97,6 +97,8 @@ pub struct Value {
     pub expiry_ms: Option<u64>,
     /// The greatest stamp of what it was made from.
     pub stamp: Stamp,
+    /// Bytes of the value; 8 for a number. Of a head the bytes themselves are left out, this is not.
+    pub size: u64,
 }
 
 impl Value {
@@ -125,7 +127,8 @@ impl From<v1::Value> for Value {
             None => Data::Bytes(Bytes::new()),
         };
         let expiry_ms = (value.expiry_ms != 0).then_some(value.expiry_ms);
-        Self { data, expiry_ms, stamp: value.stamp.map(Stamp::from).unwrap_or_default() }
+        let size = value.size.unwrap_or(data.len() as u64);
+        Self { data, expiry_ms, stamp: value.stamp.map(Stamp::from).unwrap_or_default(), size }
     }
 }
 

@@ -68,8 +68,8 @@ pub enum Change {
     Set {
         /// The new content.
         content: Content,
-        /// Unix ms from which it reads as nothing; 0: never.
-        expiry_ms: u64,
+        /// When it is to read as nothing.
+        expiry: Expiry,
         /// The caller's own event time in Unix ms; none: the store's clock.
         time_ms: Option<u64>,
     },
@@ -77,6 +77,18 @@ pub enum Change {
     Merge(Op, Number),
     /// Appends bytes to what is there.
     Append(Bytes),
+    /// Sets again what is there, with this expiry (Unix ms; 0: never). Like every put it outdates what other
+    /// replicas merged meanwhile.
+    Expire(u64),
+}
+
+/// When what is set is to read as nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Expiry {
+    /// From then on, in Unix ms; 0: never.
+    At(u64),
+    /// When what it replaces would have.
+    Kept,
 }
 
 impl LocalOp {
@@ -90,11 +102,11 @@ impl LocalOp {
                     v1::put::Value::Bytes(bytes) => Content::Bytes(bytes),
                     v1::put::Value::Number(number) => Content::Number(Number::try_from(number)?),
                 },
-                expiry_ms: put.expiry_ms,
+                expiry: if put.keep_expiry { Expiry::Kept } else { Expiry::At(put.expiry_ms) },
                 time_ms: given(put.time_ms),
             },
             Wire::Delete(delete) => {
-                Change::Set { content: Content::Nothing, expiry_ms: 0, time_ms: given(delete.time_ms) }
+                Change::Set { content: Content::Nothing, expiry: Expiry::At(0), time_ms: given(delete.time_ms) }
             }
             Wire::Merge(merge) => {
                 let op = v1::MergeKind::try_from(merge.kind)
@@ -102,6 +114,7 @@ impl LocalOp {
                 Change::Merge(op.into(), Number::try_from(merge.number)?)
             }
             Wire::Append(append) => Change::Append(append.bytes),
+            Wire::Expire(expire) => Change::Expire(expire.expiry_ms),
         };
         Ok(Some(LocalOp { partition_hash, change }))
     }
@@ -118,7 +131,7 @@ impl LocalOp {
     /// the store's own clock is newer than all there is, and needs no read. (Then another
     /// partition key is not seen.)
     pub fn is_blind(&self) -> bool {
-        matches!(self.change, Change::Set { time_ms: None, .. })
+        matches!(self.change, Change::Set { time_ms: None, expiry: Expiry::At(_), .. })
     }
 }
 
@@ -272,7 +285,7 @@ pub fn apply(
         return Err(Refusal::OtherPartition { held, given: partition_hash });
     }
     match change {
-        Change::Set { content, expiry_ms, time_ms } => {
+        Change::Set { content, expiry, time_ms } => {
             if let Content::Bytes(bytes) = &content {
                 check_value(bytes.len(), context.limits)?;
             }
@@ -280,7 +293,17 @@ pub fn apply(
                 Some(time_ms) => own_time(time_ms, context)?,
                 None => fresh(stamps, &record)?,
             };
+            let expiry_ms = match expiry {
+                Expiry::At(ms) => ms,
+                Expiry::Kept => record.read(context.now_ms).expiry_ms,
+            };
             let base = Base { stamp, expiry_ms, partition_hash, content };
+            Ok(Applied { record: join(record, base.into()), stamp })
+        }
+        Change::Expire(_) if kind == Kind::Nothing => Ok(Applied { stamp: record.greatest_stamp(), record }),
+        Change::Expire(expiry_ms) => {
+            let stamp = fresh(stamps, &record)?;
+            let base = Base { stamp, expiry_ms, partition_hash, content: record.read(context.now_ms).content };
             Ok(Applied { record: join(record, base.into()), stamp })
         }
         Change::Merge(_, _) if kind == Kind::Bytes => Err(Refusal::HoldsBytes),

@@ -91,16 +91,18 @@ pub enum Operation {
     Delete,
     Merge,
     Append,
+    Expire,
     Scan,
 }
 
 impl Operation {
-    const ALL: [(Self, &'static str); 6] = [
+    const ALL: [(Self, &'static str); 7] = [
         (Self::Get, "get"),
         (Self::Put, "put"),
         (Self::Delete, "delete"),
         (Self::Merge, "merge"),
         (Self::Append, "append"),
+        (Self::Expire, "expire"),
         (Self::Scan, "scan"),
     ];
 
@@ -112,6 +114,7 @@ impl Operation {
             operation::Kind::Delete(_) => Self::Delete,
             operation::Kind::Merge(_) => Self::Merge,
             operation::Kind::Append(_) => Self::Append,
+            operation::Kind::Expire(_) => Self::Expire,
         }
     }
 }

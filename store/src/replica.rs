@@ -17,8 +17,7 @@ use crate::engine::{self, Batch, Engine, Storage};
 use crate::merge::Limits;
 use crate::meta::{self, Fence};
 use crate::metrics::Counts;
-use crate::record::Stamp;
-use crate::writer::{Asked, Command, LocalWrite, PeerBatch, Refused, Start, Writer};
+use crate::writer::{Asked, Command, LocalWrite, PeerBatch, Refused, Start, Taken, Writer};
 
 /// Commands that may wait for a writer.
 const QUEUE: usize = 1024;
@@ -569,7 +568,7 @@ impl Replica {
     }
 
     /// Queues clients' writes; refused at once when the queue is full.
-    pub async fn write(&self, writes: Vec<LocalWrite>) -> Vec<Result<Stamp, Refused>> {
+    pub async fn write(&self, writes: Vec<LocalWrite>) -> Vec<Result<Taken, Refused>> {
         let count = writes.len();
         let bytes: usize = writes.iter().map(|w| w.key.len() + w.op.size()).sum();
         let refused = |code, text: &str| vec![Err(Refused::new(code, text)); count];

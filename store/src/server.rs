@@ -31,7 +31,7 @@ use crate::record::{Content, Record, Stamp, View, glance};
 use crate::repair;
 use crate::replica::Replica;
 use crate::snapshot;
-use crate::writer::{LocalWrite, Refused};
+use crate::writer::{LocalWrite, Refused, Taken};
 
 /// Messages of one pipe that are worked on at once; more wait in the connection.
 const MESSAGES: usize = 64;
@@ -90,9 +90,9 @@ impl Server {
                         writes: Vec::new(),
                     });
                     match placed {
-                        Placed::Read { key, hash } => work.reads.push((id, key, hash)),
-                        Placed::Write(kind, write) => {
-                            work.ids.push((id, kind));
+                        Placed::Read(read) => work.reads.push((id, read)),
+                        Placed::Write(kind, head, write) => {
+                            work.ids.push((id, kind, head));
                             work.writes.push(write);
                         }
                     }
@@ -133,14 +133,15 @@ impl Server {
             return Err(failure(FailureCode::WrongShard, message, newer));
         };
         let after = operation.after.map(Stamp::from);
+        let (head, returning) = (operation.head, operation.returning());
         let key = operation.key;
         let Some(kind) = operation.kind else {
-            let message = "the operation has no kind: say get, put, delete, merge or append";
+            let message = "the operation has no kind: say get, put, delete, merge, append or expire";
             return Err(failure(FailureCode::Invalid, message, None));
         };
         let asked = Kind::of(&kind);
         let op = match LocalOp::from_wire(kind, hash) {
-            Ok(None) => return Ok((keyspace, replica, Placed::Read { key, hash })),
+            Ok(None) => return Ok((keyspace, replica, Placed::Read(Read { key, hash, head }))),
             Ok(Some(op)) => op,
             Err(refusal) => return Err(failure(refusal.code(), refusal.to_string(), None)),
         };
@@ -152,21 +153,29 @@ impl Server {
             let message = "the store has restarted and waits to learn the current topology";
             return Err(failure(FailureCode::NotReady, message, None));
         }
-        Ok((keyspace, replica, Placed::Write(asked, LocalWrite { key, op, after, named_partition })))
+        let write = LocalWrite { key, op, after, named_partition, returning };
+        Ok((keyspace, replica, Placed::Write(asked, head, write)))
     }
 }
 
 enum Placed {
-    Read { key: Bytes, hash: u64 },
-    Write(Kind, LocalWrite),
+    Read(Read),
+    /// Whether of a value that is answered only the head is wanted.
+    Write(Kind, bool, LocalWrite),
+}
+
+struct Read {
+    key: Bytes,
+    hash: u64,
+    head: bool,
 }
 
 struct Work {
     keyspace: Arc<Keyspace>,
     replica: Arc<Replica>,
-    reads: Vec<(u64, Bytes, u64)>,
+    reads: Vec<(u64, Read)>,
     /// Of the writes, in their order.
-    ids: Vec<(u64, Kind)>,
+    ids: Vec<(u64, Kind, bool)>,
     writes: Vec<LocalWrite>,
 }
 
@@ -181,7 +190,7 @@ impl Work {
             let from = replica.clone();
             let ids: Vec<u64> = reads.iter().map(|(id, ..)| *id).collect();
             let read = keyspace.env().blocking(move || {
-                reads.into_iter().map(|(id, key, hash)| read(&from, id, &key, hash, now)).collect::<Vec<_>>()
+                reads.into_iter().map(|(id, asked)| read(&from, id, &asked, now)).collect::<Vec<_>>()
             });
             let answers = read.await.unwrap_or_else(|_| {
                 ids.into_iter().map(|id| failed(id, failure(FailureCode::Internal, "the read failed", None))).collect()
@@ -196,14 +205,14 @@ impl Work {
             let begin = Instant::now();
             let results = replica.write(writes).await;
             counts.took(Part::Write, begin.elapsed());
-            let answers =
-                results.into_iter().zip(&ids).map(|(result, (id, _))| written(&keyspace, &replica, *id, result));
+            let answers = results.into_iter().zip(&ids);
+            let answers = answers.map(|(result, (id, _, head))| written(&keyspace, &replica, *id, result, *head));
             answers.collect()
         };
         let (mut answers, more): (Vec<Answer>, Vec<Answer>) = tokio::join!(reading, writing);
         let mut tally = Tally::default();
         answers.iter().for_each(|answer| tally.add(Kind::Get, ending(answer)));
-        more.iter().zip(&ids).for_each(|(answer, (_, kind))| tally.add(*kind, ending(answer)));
+        more.iter().zip(&ids).for_each(|(answer, (_, kind, _))| tally.add(*kind, ending(answer)));
         counts.add(&tally);
         answers.extend(more);
         answers
@@ -217,15 +226,15 @@ fn ending(answer: &Answer) -> Ending {
     }
 }
 
-fn read(replica: &Replica, id: u64, key: &[u8], hash: u64, now: u64) -> Answer {
-    let row = replica.engine.row(key).inspect_err(|e| replica.progress.failed(e));
+fn read(replica: &Replica, id: u64, asked: &Read, now: u64) -> Answer {
+    let row = replica.engine.row(&asked.key).inspect_err(|e| replica.progress.failed(e));
     let found = row.map_err(|e| e.to_string()).and_then(|row| match row {
         Some(row) => Record::decode(row.record).map(Some).map_err(|e| e.to_string()),
         None => Ok(None),
     });
     let result = match found {
         // Under another partition key it is another key's.
-        Ok(Some(record)) if record.partition_hash() == hash => match to_value(record.read(now)) {
+        Ok(Some(record)) if record.partition_hash() == asked.hash => match to_value(record.read(now), asked.head) {
             Some(value) if value_len(&value) > VALUE_BYTES => answer::Result::Failure(*too_large(value_len(&value))),
             Some(value) => answer::Result::Found(value),
             None => answer::Result::Missing(Missing {}),
@@ -254,19 +263,23 @@ fn too_large(len: usize) -> Box<Failure> {
     failure(FailureCode::Invalid, message, None)
 }
 
-fn to_value(view: View) -> Option<Value> {
-    let value = match view.content {
+/// What is answered of what a key holds, or of its head; none if that is nothing.
+fn to_value(view: View, head: bool) -> Option<Value> {
+    let (value, size) = match view.content {
         Content::Nothing => return None,
-        Content::Bytes(bytes) => value::Value::Bytes(bytes),
-        Content::Number(number) => value::Value::Number(number.get()),
+        Content::Bytes(bytes) if head => (value::Value::Bytes(Bytes::new()), Some(bytes.len() as u64)),
+        Content::Bytes(bytes) => (value::Value::Bytes(bytes), None),
+        Content::Number(number) => (value::Value::Number(number.get()), None),
     };
-    Some(Value { value: Some(value), expiry_ms: view.expiry_ms, stamp: Some(view.stamp.into()) })
+    Some(Value { value: Some(value), expiry_ms: view.expiry_ms, stamp: Some(view.stamp.into()), size })
 }
 
-fn written(keyspace: &Keyspace, replica: &Replica, id: u64, result: Result<Stamp, Refused>) -> Answer {
+fn written(keyspace: &Keyspace, replica: &Replica, id: u64, result: Result<Taken, Refused>, head: bool) -> Answer {
     match result {
-        Ok(stamp) => {
-            let written = Written { stamp: Some(stamp.into()), replica: replica.id };
+        Ok(Taken { stamp, view }) => {
+            let head = head || matches!(&view, Some(View { content: Content::Bytes(b), .. }) if b.len() > VALUE_BYTES);
+            let value = view.and_then(|view| to_value(view, head));
+            let written = Written { stamp: Some(stamp.into()), replica: replica.id, value };
             Answer { id, result: Some(answer::Result::Written(written)) }
         }
         Err(refused) => {
@@ -428,7 +441,10 @@ impl store_server::Store for Server {
 /// Answers may be larger than one message: values up to 8 MiB each.
 fn in_messages(answers: Vec<Answer>) -> Vec<Vec<Answer>> {
     let size = |a: &Answer| match &a.result {
-        Some(answer::Result::Found(Value { value: Some(value::Value::Bytes(b)), .. })) => b.len() + 64,
+        Some(
+            answer::Result::Found(Value { value: Some(value::Value::Bytes(b)), .. })
+            | answer::Result::Written(Written { value: Some(Value { value: Some(value::Value::Bytes(b)), .. }), .. }),
+        ) => b.len() + 64,
         _ => 64,
     };
     let mut messages = vec![Vec::with_capacity(answers.len())];
@@ -473,7 +489,9 @@ async fn scan(
         };
         let (prefix, from, now) = (request.prefix.clone(), after.clone(), env.now_ms());
         let (shard, shards) = (request.shard, request.shards);
-        let page = env.blocking(move || scan_page(&replica, (shard, shards), &prefix, from.as_deref(), left, now));
+        let head = request.head;
+        let page =
+            env.blocking(move || scan_page(&replica, (shard, shards), &prefix, from.as_deref(), left, head, now));
         let page = page.await.map_err(|e| failure(FailureCode::Internal, e.to_string(), None))??;
         left -= page.entries.len() as u64;
         let end = page.next.is_none() || left == 0;
@@ -498,6 +516,7 @@ fn scan_page(
     prefix: &[u8],
     after: Option<&[u8]>,
     limit: u64,
+    head: bool,
     now: u64,
 ) -> Result<Page, Box<Failure>> {
     let mut page = Page { entries: Vec::new(), next: None };
@@ -512,13 +531,13 @@ fn scan_page(
         if let Ok(hash) = hash
             && jump_hash(hash, shards) == shard
             && let Ok(record) = Record::decode(Bytes::copy_from_slice(encoded))
-            && let Some(value) = to_value(record.read(now))
+            && let Some(value) = to_value(record.read(now), head)
         {
             if value_len(&value) > VALUE_BYTES {
                 large = Some(value_len(&value));
                 return false;
             }
-            bytes += key.len() + encoded.len();
+            bytes += key.len() + if head { 64 } else { encoded.len() };
             let partition_hash = if hash == partition_hash(key) { 0 } else { hash };
             page.entries.push(Entry { key: Bytes::copy_from_slice(key), value: Some(value), partition_hash });
         }

@@ -16,13 +16,13 @@ use tokio::sync::Notify;
 use vasto_client::env::Env;
 use vasto_client::hash::{jump_hash, partition_hash};
 use vasto_client::v1::{
-    Assignment, FailureCode, FollowStart, Phase, Position, Shard, SnapshotRequired, Topology, View,
+    Assignment, FailureCode, FollowStart, Phase, Position, Returning, Shard, SnapshotRequired, Topology, View,
 };
 
 use crate::build::Birth;
 use crate::engine::{Batch, Engine, RocksStorage};
 use crate::follow;
-use crate::merge::{Change, Limits, LocalOp};
+use crate::merge::{Change, Expiry, Limits, LocalOp};
 use crate::meta;
 use crate::record::{Base, Chunk, Content, Kind, Number, Op, Record, Slot, Stamp, time_of};
 use crate::replica::{Context, Replica, Settings};
@@ -77,13 +77,19 @@ fn crashed(dir: &Path) -> tempfile::TempDir {
 }
 
 fn set(key: &str, content: Content) -> LocalWrite {
-    let change = Change::Set { content, expiry_ms: 0, time_ms: None };
+    let change = Change::Set { content, expiry: Expiry::At(0), time_ms: None };
     write(key, change)
 }
 
 fn write(key: &str, change: Change) -> LocalWrite {
     let op = LocalOp { partition_hash: partition_hash(key.as_bytes()), change };
-    LocalWrite { key: Bytes::copy_from_slice(key.as_bytes()), op, after: None, named_partition: false }
+    LocalWrite {
+        key: Bytes::copy_from_slice(key.as_bytes()),
+        op,
+        after: None,
+        named_partition: false,
+        returning: Returning::Nothing,
+    }
 }
 
 async fn put(replica: &Replica, key: &str) -> Result<Stamp, Refused> {
@@ -91,7 +97,7 @@ async fn put(replica: &Replica, key: &str) -> Result<Stamp, Refused> {
 }
 
 async fn one(replica: &Replica, write: LocalWrite) -> Result<Stamp, Refused> {
-    replica.write(vec![write]).await.pop().unwrap()
+    replica.write(vec![write]).await.pop().unwrap().map(|taken| taken.stamp)
 }
 
 fn kind(replica: &Replica, key: &str) -> Kind {

@@ -9,14 +9,14 @@ use std::sync::atomic::Ordering;
 use bytes::Bytes;
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 use vasto_client::env::Env;
-use vasto_client::v1::{FailureCode, Phase, Position, Topology};
+use vasto_client::v1::{FailureCode, Phase, Position, Returning, Topology};
 
 use crate::clock::Clock;
 use crate::engine::{Batch, Engine};
 use crate::join::join;
 use crate::merge::{self, Limits, LocalOp};
 use crate::meta::Fence;
-use crate::record::{Record, Stamp};
+use crate::record::{Record, Stamp, View};
 use crate::replica::Progress;
 
 /// A batch is written when it holds this many bytes, however much more waits.
@@ -35,6 +35,17 @@ pub struct LocalWrite {
     pub after: Option<Stamp>,
     /// The caller named a partition key, so that the row must be looked at.
     pub named_partition: bool,
+    /// What the answer tells of the key.
+    pub returning: Returning,
+}
+
+/// A write that was done.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Taken {
+    /// What the session remembers.
+    pub stamp: Stamp,
+    /// What the key held before or holds after it, if that was asked for.
+    pub view: Option<View>,
 }
 
 /// Why a write was not done.
@@ -86,7 +97,7 @@ pub struct Asked {
 /// What the queue holds.
 pub enum Command {
     /// Clients' writes for this replica; answered one by one, in order.
-    Local(Vec<LocalWrite>, oneshot::Sender<Vec<Result<Stamp, Refused>>>, OwnedSemaphorePermit),
+    Local(Vec<LocalWrite>, oneshot::Sender<Vec<Result<Taken, Refused>>>, OwnedSemaphorePermit),
     /// A peer's records and the positions they bring, in one batch.
     Peer(PeerBatch, oneshot::Sender<Result<(), Refused>>),
     /// From here on this topology decides what is accepted; a fence if it asks for one.
@@ -150,7 +161,7 @@ pub struct Start {
     pub disk_free: Box<dyn FnMut() -> bool + Send>,
 }
 
-type LocalReply = (oneshot::Sender<Vec<Result<Stamp, Refused>>>, Vec<Result<Stamp, Refused>>);
+type LocalReply = (oneshot::Sender<Vec<Result<Taken, Refused>>>, Vec<Result<Taken, Refused>>);
 
 /// What a batch will answer once it is written.
 #[derive(Default)]
@@ -369,7 +380,7 @@ impl Writer {
         write: LocalWrite,
         batch: &mut Batch,
         overlay: &mut HashMap<Bytes, Option<Record>>,
-    ) -> Result<Stamp, Refused> {
+    ) -> Result<Taken, Refused> {
         if self.progress.fault().is_some() {
             return Err(Refused::new(FailureCode::NotReady, self.progress.fault_text()));
         }
@@ -400,20 +411,25 @@ impl Writer {
         }
         // A put with the store's own clock is newer than all that this replica
         // has seen, so it needs no read; the partition check wants one.
-        let existing =
-            if write.op.is_blind() && !write.named_partition { None } else { self.existing(&write.key, overlay)? };
+        let blind = write.op.is_blind() && !write.named_partition && write.returning != Returning::Before;
+        let existing = if blind { None } else { self.existing(&write.key, overlay)? };
+        let before = existing.unwrap_or_else(|| Record::unwritten(write.op.partition_hash));
         let clock = &mut self.clock;
         let context = merge::Context { origin: clock.origin(), after: write.after, now_ms: now, limits: &self.limits };
-        let before = existing.clone();
-        let applied = merge::apply(existing, write.op, &context, &mut || clock.tick(now))
+        let applied = merge::apply(Some(before.clone()), write.op, &context, &mut || clock.tick(now))
             .map_err(|refusal| Refused::new(refusal.code(), refusal.to_string()))?;
         // A caller's own time may lie ahead of the clock.
         self.clock.observe(applied.stamp.time);
+        let view = match write.returning {
+            Returning::Nothing => None,
+            Returning::Before => Some(before.read(now)),
+            Returning::After => Some(applied.record.read(now)),
+        };
         // A max below what is there changes nothing, and is no change.
-        if before.as_ref() != Some(&applied.record) {
+        if before != applied.record {
             self.put(write.key, applied.record, 0, batch, overlay);
         }
-        Ok(applied.stamp)
+        Ok(Taken { stamp: applied.stamp, view })
     }
 
     fn peer(

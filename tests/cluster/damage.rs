@@ -105,7 +105,7 @@ impl Damage {
                     }
                     1 => {
                         let value = Bytes::from(format!("value {n}"));
-                        let kind = Put { value: Some(put::Value::Bytes(value.clone())), expiry_ms: 0, time_ms: 0 };
+                        let kind = Put { value: Some(put::Value::Bytes(value.clone())), ..Put::default() };
                         (history::Op::Put(value.into()), operation::Kind::Put(kind))
                     }
                     _ => (history::Op::Add(f64::from(n)), operation::Kind::Merge(Merge { kind: 0, number: n.into() })),

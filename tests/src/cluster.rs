@@ -2,7 +2,8 @@
 //! which can be killed and started again on its own.
 
 use std::collections::BTreeMap;
-use std::net::TcpListener;
+use std::fs::File;
+use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -389,6 +390,62 @@ pub fn run(args: &[&str]) -> (i32, String, String) {
         String::from_utf8_lossy(&output.stdout).into_owned(),
         String::from_utf8_lossy(&output.stderr).into_owned(),
     )
+}
+
+/// A gateway that ends with this value.
+pub struct Gateway {
+    child: Child,
+    /// `host:port` of the Redis side.
+    pub redis: String,
+    /// `host:port` of the HTTP side.
+    pub http: String,
+    /// `host:port` of the gRPC side.
+    pub grpc: String,
+}
+
+impl Gateway {
+    /// To the cluster whose operator listens there; says what it does in `log`.
+    pub fn start(operator: &str, log: &Path) -> Self {
+        let [redis, http, grpc] = [(); 3].map(|()| format!("127.0.0.1:{}", free_port()));
+        let log = File::options().create(true).append(true).open(log).unwrap();
+        let child = Command::new(vasto())
+            .args(["gateway", "--operator", operator, "--redis", &redis, "--http", &http, "--grpc", &grpc])
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().unwrap())
+            .stderr(log)
+            .spawn()
+            .unwrap();
+        let gateway = Self { child, redis, http, grpc };
+        let deadline = Instant::now() + Duration::from_secs(20);
+        for address in [&gateway.redis, &gateway.http, &gateway.grpc] {
+            while TcpStream::connect(address).is_err() {
+                assert!(Instant::now() < deadline, "the gateway does not listen at {address}");
+                std::thread::sleep(Duration::from_millis(20));
+            }
+        }
+        gateway
+    }
+
+    /// Bytes that it holds in memory.
+    pub fn memory(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+        line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() * 1024
+    }
+
+    /// Asks it to stop, and waits until it has; its exit code.
+    pub fn stop(&mut self) -> i32 {
+        let pid = nix::unistd::Pid::from_raw(i32::try_from(self.child.id()).unwrap());
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
+        self.child.wait().unwrap().code().unwrap_or(-1)
+    }
+}
+
+impl Drop for Gateway {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
 }
 
 impl Drop for Cluster {

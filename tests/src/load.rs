@@ -625,7 +625,8 @@ mod tests {
 
     #[test]
     fn a_value_says_which_write_it_is() {
-        let value = |text: &str| Value { data: text.into(), expiry_ms: None, stamp: vasto_client::Stamp::default() };
+        let value =
+            |text: &str| Value { data: text.into(), expiry_ms: None, stamp: vasto_client::Stamp::default(), size: 1 };
         let good = Load::value(5, 12);
         assert_eq!(Load::found(5, Some(&value(&good))), Ok(Found::Version(12)));
         assert_eq!(Load::found(5, None), Ok(Found::Nothing));

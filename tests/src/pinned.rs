@@ -76,9 +76,9 @@ impl Pinned {
             shard: self.at.shard,
             shards: self.at.shards,
             key,
-            partition_key: None,
             after: after.map(Into::into),
             kind: Some(kind),
+            ..Operation::default()
         });
         let batch = Batch { operations: operations.collect(), answers: Vec::new() };
         let exchange = async {
@@ -183,10 +183,10 @@ impl<'a> Turn<'a> {
     pub async fn write(&mut self, key: &Bytes, op: Op) -> bool {
         let kind = match op.clone() {
             Op::Put(Data::Bytes(bytes)) => {
-                operation::Kind::Put(Put { value: Some(put::Value::Bytes(bytes)), expiry_ms: 0, time_ms: 0 })
+                operation::Kind::Put(Put { value: Some(put::Value::Bytes(bytes)), ..Put::default() })
             }
             Op::Put(Data::Number(number)) => {
-                operation::Kind::Put(Put { value: Some(put::Value::Number(number)), expiry_ms: 0, time_ms: 0 })
+                operation::Kind::Put(Put { value: Some(put::Value::Number(number)), ..Put::default() })
             }
             Op::Delete => operation::Kind::Delete(Delete { time_ms: 0 }),
             Op::Add(number) => operation::Kind::Merge(Merge { kind: MergeKind::Sum.into(), number }),

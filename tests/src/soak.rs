@@ -277,7 +277,7 @@ async fn write(shared: Arc<Shared>, keyspace: Keyspace, client: u32, seed: u64) 
         let returned_at = shared.now();
         for ((key, op), answer) in ops.into_iter().zip(answers) {
             let outcome = match answer {
-                Ok(Answer::Written(stamp)) => Ok(Outcome::Acknowledged(stamp)),
+                Ok(Answer::Written(stamp) | Answer::Returned(stamp, _)) => Ok(Outcome::Acknowledged(stamp)),
                 Ok(Answer::Found(value)) => Ok(Outcome::Read(Some((value.data, value.stamp)))),
                 Ok(Answer::Nothing) => Ok(Outcome::Read(None)),
                 Err(error) => unanswered(&op, &error),

@@ -274,9 +274,14 @@ impl FakeStore {
         }
         let time = self.world.clock.fetch_add(1, SeqCst) << 16;
         let stamp = Some(Stamp { time, origin: self.store as u64 });
-        let written = answer::Result::Written(Written { stamp, replica: replica(self.store, op.shard as usize) });
         let mut data = self.world.data.lock().unwrap();
         let held = data.get(&op.key).map(|(held, _)| held.clone());
+        let returned = (op.returning() == Returning::Before).then(|| data.get(&op.key)).flatten();
+        let written = answer::Result::Written(Written {
+            stamp,
+            replica: replica(self.store, op.shard as usize),
+            value: returned.map(|(held, expiry_ms)| value(held, *expiry_ms, stamp)),
+        });
         match op.kind.clone().unwrap() {
             operation::Kind::Get(_) => match data.get(&op.key) {
                 None => answer::Result::Missing(Missing {}),
@@ -318,6 +323,12 @@ impl FakeStore {
                 data.insert(op.key.clone(), (Held::Bytes(bytes), 0));
                 written
             }
+            operation::Kind::Expire(expire) => {
+                if let Some((_, expiry_ms)) = data.get_mut(&op.key) {
+                    *expiry_ms = expire.expiry_ms;
+                }
+                written
+            }
         }
     }
 }
@@ -327,7 +338,7 @@ fn value(held: &Held, expiry_ms: u64, stamp: Option<Stamp>) -> Value {
         Held::Bytes(bytes) => value::Value::Bytes(bytes.clone().into()),
         Held::Number(number) => value::Value::Number(*number),
     };
-    Value { value: Some(value), expiry_ms, stamp }
+    Value { value: Some(value), expiry_ms, stamp, size: None }
 }
 
 /// Counts a stream while it lives.

@@ -19,7 +19,7 @@ fn under(partition_hash: u64, change: Change) -> LocalOp {
 }
 
 fn set(content: Content) -> Change {
-    Change::Set { content, expiry_ms: 0, time_ms: None }
+    Change::Set { content, expiry: Expiry::At(0), time_ms: None }
 }
 
 fn put(n: f64) -> Change {
@@ -43,11 +43,11 @@ fn append(text: &'static str) -> Change {
 }
 
 fn at(time_ms: u64, content: Content) -> Change {
-    Change::Set { content, expiry_ms: 0, time_ms: Some(time_ms) }
+    Change::Set { content, expiry: Expiry::At(0), time_ms: Some(time_ms) }
 }
 
 fn until(expiry_ms: u64, content: Content) -> Change {
-    Change::Set { content, expiry_ms, time_ms: None }
+    Change::Set { content, expiry: Expiry::At(expiry_ms), time_ms: None }
 }
 
 /// One key on one replica, as the writer keeps it.
@@ -166,6 +166,42 @@ fn another_origins_slot_is_left_alone() {
     second.write(5, add(2.0)).unwrap();
     assert_eq!(second.record().slots()[0], first.record().slots()[0]);
     assert_eq!(second.read(5), Content::Number(number(3.0)));
+}
+
+#[test]
+fn an_expiry_is_given_to_what_is_there_merges_included_and_taken_away_again() {
+    let mut replica = Replica::new(1);
+    replica.write(5, put(10.0)).unwrap();
+    replica.write(5, add(5.0)).unwrap();
+    let expired = replica.write(6, Change::Expire(9)).unwrap();
+    assert_eq!(replica.read(8), Content::Number(number(15.0)));
+    assert_eq!(replica.record().read(8).expiry_ms, 9);
+    assert_eq!(replica.read(9), Content::Nothing);
+    assert!(replica.write(8, Change::Expire(0)).unwrap() > expired);
+    assert_eq!(replica.read(9), Content::Number(number(15.0)));
+}
+
+#[test]
+fn nothing_is_made_of_a_key_that_holds_nothing_by_giving_it_an_expiry() {
+    let mut replica = Replica::new(1);
+    replica.write(5, until(7, text("a"))).unwrap();
+    let before = replica.record().clone();
+    assert_eq!(replica.write(7, Change::Expire(100)), Ok(before.greatest_stamp()));
+    assert_eq!(replica.record(), &before, "what has expired does not come back");
+    let stamp = Replica::new(1).write(7, Change::Expire(100)).unwrap();
+    assert_eq!(stamp, Stamp::ZERO);
+}
+
+#[test]
+fn a_put_may_keep_the_expiry_that_is_there() {
+    let keep = |content| Change::Set { content, expiry: Expiry::Kept, time_ms: None };
+    let mut replica = Replica::new(1);
+    replica.write(5, until(9, text("a"))).unwrap();
+    replica.write(6, keep(text("b"))).unwrap();
+    assert_eq!((replica.read(8), replica.read(9)), (text("b"), Content::Nothing));
+    replica.write(9, keep(text("c"))).unwrap();
+    assert_eq!(replica.record().read(99).expiry_ms, 0, "an expiry that has passed is none");
+    assert_eq!(replica.read(99), text("c"));
 }
 
 #[test]
@@ -379,8 +415,8 @@ fn the_wires_operations_are_taken_as_they_are_meant() {
     let from = |kind| LocalOp::from_wire(kind, HASH);
     assert_eq!(from(Wire::Get(v1::Get {})), Ok(None));
     let value = Some(v1::put::Value::Number(-0.0));
-    let wire = v1::Put { value, expiry_ms: 3, time_ms: 0 };
-    let change = Change::Set { content: Content::Number(number(0.0)), expiry_ms: 3, time_ms: None };
+    let wire = v1::Put { value, expiry_ms: 3, ..v1::Put::default() };
+    let change = Change::Set { content: Content::Number(number(0.0)), expiry: Expiry::At(3), time_ms: None };
     assert_eq!(from(Wire::Put(wire)), Ok(Some(under(HASH, change))));
     assert_eq!(from(Wire::Delete(v1::Delete { time_ms: 4 })), Ok(Some(under(HASH, at(4, Content::Nothing)))));
     let wire = v1::Merge { kind: v1::MergeKind::Min.into(), number: 2.0 };
@@ -546,7 +582,7 @@ fn in_one_place(steps: &[Step]) -> Content {
             Change::Merge(Op::Sum, n) => sum = Some(sum.unwrap_or(0.0) + n.get()),
             Change::Merge(Op::Max, n) => floor = Some(floor.unwrap_or(f64::MIN).max(n.get())),
             Change::Merge(Op::Min, n) => ceiling = Some(ceiling.unwrap_or(f64::MAX).min(n.get())),
-            Change::Append(_) => {}
+            Change::Append(_) | Change::Expire(_) => {}
         }
     }
     let mut value: Option<f64> = base;
@@ -603,7 +639,7 @@ proptest! {
     ) {
         let change = match change {
             _ if append => Change::Append(Bytes::from("x")),
-            Change::Set { content, expiry_ms, .. } => Change::Set { content, expiry_ms, time_ms: own },
+            Change::Set { content, expiry, .. } => Change::Set { content, expiry, time_ms: own },
             change => change,
         };
         let mut replica = Replica::holding(&existing, 1);

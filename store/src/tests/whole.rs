@@ -19,9 +19,9 @@ use vasto_client::v1::operator_server::{self, OperatorServer};
 use vasto_client::v1::peer_server::Peer;
 use vasto_client::v1::store_client::StoreClient;
 use vasto_client::v1::{
-    self, Answer, Assignment, Batch, FailureCode, FollowStart, Get, KeyspaceUpdate, Operation, Phase, Put,
-    ReplicaReport, Shard, SnapshotRequest, StoreAddress, StoreReport, StoreUpdate, Topology, View, WatchRequest,
-    WatchResponse, answer, follow_response, operation, put, snapshot_response,
+    self, Answer, Assignment, Batch, Delete, Expire, FailureCode, FollowStart, Get, KeyspaceUpdate, Merge, Operation,
+    Phase, Put, ReplicaReport, Returning, Shard, SnapshotRequest, StoreAddress, StoreReport, StoreUpdate, Topology,
+    Value, View, WatchRequest, WatchResponse, answer, follow_response, operation, put, snapshot_response, value,
 };
 
 use super::context;
@@ -118,6 +118,46 @@ fn refusal(answer: &Answer) -> Option<(FailureCode, &str)> {
 
 fn found(answer: &Answer) -> bool {
     matches!(answer.result, Some(answer::Result::Found(_)))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_write_tells_what_was_there_or_is_and_a_head_leaves_out_the_bytes() {
+    let dir = tempfile::tempdir().unwrap();
+    let host = host(dir.path(), Some(UID));
+    make(&host).await;
+    let server = server(&host);
+    let ask = async |operation: Operation| {
+        let answer = server.answer(batch([operation])).await.pop().unwrap().result.unwrap();
+        match answer {
+            answer::Result::Written(written) => written.value,
+            answer::Result::Found(value) => Some(value),
+            answer::Result::Missing(_) => None,
+            answer::Result::Failure(failure) => panic!("{failure:?}"),
+        }
+    };
+    let bytes = |value: Option<Value>| match value.unwrap().value.unwrap() {
+        value::Value::Bytes(bytes) => bytes,
+        value::Value::Number(number) => number.to_string().into(),
+    };
+    let before = Returning::Before.into();
+    let after = Returning::After.into();
+    let adding = || operation(1, "n", operation::Kind::Merge(Merge { kind: 0, number: 2.0 }));
+    assert_eq!(ask(Operation { returning: before, ..putting(1, "k") }).await, None);
+    assert_eq!(bytes(ask(Operation { returning: before, ..putting(1, "k") }).await), "value");
+    assert_eq!(ask(putting(1, "k")).await, None, "nothing was asked for");
+    assert_eq!(bytes(ask(Operation { returning: after, ..adding() }).await), "2");
+    assert_eq!(bytes(ask(Operation { returning: after, ..adding() }).await), "4");
+    let head = ask(Operation { head: true, ..getting(1, "k") }).await.unwrap();
+    assert_eq!((head.size, head.value), (Some(5), Some(value::Value::Bytes(Bytes::new()))));
+    assert_eq!(ask(getting(1, "k")).await.unwrap().size, None);
+    let expire = |ms| operation(1, "k", operation::Kind::Expire(Expire { expiry_ms: ms }));
+    let far = Env::real().now_ms() + 60_000;
+    assert_eq!(ask(Operation { returning: before, ..expire(far) }).await.unwrap().expiry_ms, 0);
+    assert_eq!(ask(getting(1, "k")).await.unwrap().expiry_ms, far);
+    let deleting = operation(1, "k", operation::Kind::Delete(Delete::default()));
+    let gone = ask(Operation { returning: before, head: true, ..deleting.clone() }).await.unwrap();
+    assert_eq!((gone.size, gone.expiry_ms), (Some(5), far));
+    assert_eq!(ask(Operation { returning: before, ..deleting }).await, None);
 }
 
 #[tokio::test(flavor = "multi_thread")]
