@@ -23,6 +23,7 @@ use vasto_client::v1::{
     Disk, KeyspaceReport, KeyspaceUpdate, Phase, StoreAddress, StoreReport, StoreUpdate, Topology, WatchRequest,
     WatchResponse,
 };
+use vasto_crds::Keyspace;
 
 pub use service::OperatorService;
 
@@ -72,6 +73,8 @@ struct Index {
     names: BTreeMap<String, Name>,
     /// By uid.
     committed: BTreeMap<String, Committed>,
+    /// The resources with their statuses, by uid: for people to look at.
+    described: BTreeMap<String, Arc<Keyspace>>,
     stores: BTreeMap<StoreKey, Store>,
     watchers: BTreeMap<u64, Watcher>,
     dirty: Dirty,
@@ -233,6 +236,9 @@ impl Hub {
     /// From now on reports are taken here, or refused with the address of who takes them. Streams of
     /// stores end when another leads.
     pub fn set_leader(&self, leader: Leader) {
+        if leader != Leader::Here {
+            self.index().described.clear();
+        }
         self.0.leader.send_if_modified(|now| {
             *now != leader && {
                 *now = leader;
@@ -315,7 +321,36 @@ impl Hub {
 
     /// Forgets a keyspace, so that stores are told nothing more of it.
     pub fn forget(&self, uid: &str) {
-        self.index().committed.remove(uid);
+        let mut index = self.index();
+        index.committed.remove(uid);
+        index.described.remove(uid);
+    }
+
+    /// Keeps a resource, as it is now, for whoever wants to look at it.
+    pub fn describe(&self, keyspace: Arc<Keyspace>) {
+        self.index().described.insert(keyspace.uid().to_owned(), keyspace);
+    }
+
+    /// There is nothing to look at any more.
+    pub fn undescribe(&self, uid: &str) {
+        self.index().described.remove(uid);
+    }
+
+    /// What was described, in the order of names.
+    pub fn described(&self) -> Vec<Arc<Keyspace>> {
+        let mut all: Vec<_> = self.index().described.values().cloned().collect();
+        all.sort_by(|a, b| (&a.metadata.namespace, &a.metadata.name).cmp(&(&b.metadata.namespace, &b.metadata.name)));
+        all
+    }
+
+    /// The committed topology of this keyspace.
+    pub fn committed(&self, uid: &str) -> Option<Arc<Topology>> {
+        self.index().committed.get(uid).map(|committed| committed.topology.clone())
+    }
+
+    /// Who leads.
+    pub fn leads(&self) -> Leader {
+        self.0.leader.borrow().clone()
     }
 
     /// Whether someone who watches this keyspace has not said yet that it knows this version.

@@ -2,6 +2,7 @@
 //! that as one topology per keyspace, and streams it to stores and clients. It is
 //! never in the way of data, and has no state that it can't afford to lose.
 
+pub mod console;
 mod edit;
 pub mod hub;
 mod keyspaces;

@@ -30,6 +30,7 @@ pub use folder::Error as FolderError;
 pub(crate) use handle::{Handle, Resources};
 pub use runner::{BoxError, External, StoreRunner};
 
+use crate::console::Console;
 use crate::hub::{Hub, OperatorService};
 use crate::keyspaces::KeyspacesService;
 use driver::{Driver, Waits};
@@ -51,12 +52,15 @@ pub struct Options {
     pub settle: Duration,
     /// How long a fence waits for clients that haven't said that they know the switch.
     pub fence_wait: Duration,
+    /// Shows the operator, once it runs.
+    pub console: Console,
 }
 
 impl Options {
     /// The usual ones.
     pub fn new(dir: PathBuf, env: Env) -> Self {
-        Self { dir, files: Vec::new(), env, settle: Duration::from_secs(3), fence_wait: Duration::from_secs(3) }
+        let (settle, fence_wait) = (Duration::from_secs(3), Duration::from_secs(3));
+        Self { dir, files: Vec::new(), env, settle, fence_wait, console: Console::default() }
     }
 }
 
@@ -140,11 +144,12 @@ impl Operator {
     where
         C: AsyncRead + AsyncWrite + Connected + Unpin + Send + 'static,
     {
-        let Options { env, settle, fence_wait, .. } = self.options;
+        let Options { env, settle, fence_wait, console, .. } = self.options;
         // Its tasks end with this call, however it ends.
         let stop = stop.child_token();
         let _ends = stop.clone().drop_guard();
         let hub = Hub::new(stop.clone());
+        console.attach(hub.clone());
         let waits = Waits { settle, fence: fence_wait };
         let (driver, handle, wanted) = Driver::new(env, hub.clone(), self.folder, self.content, &waits)?;
         let tasks = [

@@ -13,6 +13,7 @@ use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::Registry;
 use vasto_crds::{Keyspace, KeyspaceStatus, Phase};
 
+use crate::console::Console;
 use crate::hub::Hub;
 
 type Whole = Gauge<i64, AtomicI64>;
@@ -73,6 +74,7 @@ pub struct Monitor(Arc<Inner>);
 struct Inner {
     registry: Registry,
     hub: Mutex<Option<Hub>>,
+    console: Console,
     serving: AtomicBool,
     duration: Family<Outcome, Histogram>,
     errors: Family<Reason, Counter>,
@@ -126,6 +128,7 @@ impl Monitor {
         Self(Arc::new(Inner {
             registry,
             hub: Mutex::default(),
+            console: Console::default(),
             serving: AtomicBool::new(false),
             duration,
             errors,
@@ -146,11 +149,17 @@ impl Monitor {
 
     /// Shows this hub's streams.
     pub(crate) fn attach(&self, hub: Hub) {
+        self.0.console.attach(hub.clone());
         *self.0.hub.lock().unwrap_or_else(PoisonError::into_inner) = Some(hub);
     }
 
     pub(crate) fn serving(&self, serving: bool) {
         self.0.serving.store(serving, Ordering::Release);
+    }
+
+    /// The operator for people to look at.
+    pub fn console(&self) -> &Console {
+        &self.0.console
     }
 
     /// Whether the topology stream is served; else why not.

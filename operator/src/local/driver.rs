@@ -405,6 +405,7 @@ impl Driver {
             resource.status = Some(status);
             entry.resource = Arc::new(resource);
         }
+        self.hub.describe(entry.resource.clone());
         entry.restless = restless;
     }
 
@@ -431,6 +432,7 @@ impl Driver {
         forgotten.iter().for_each(|d| self.hub.forget(&d.uid));
         self.deleted = deleted;
         self.hub.release(&name);
+        self.hub.undescribe(entry.resource.uid());
         tracing::info!(keyspace = name, uid = entry.resource.uid(), "deleted");
         true
     }

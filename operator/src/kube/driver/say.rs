@@ -58,6 +58,7 @@ impl Driver {
         self.of_pods(&mut status, entry, acted);
         let namespace = entry.resource.namespace().unwrap_or_default();
         self.monitor.keyspace(&namespace, &entry.resource, &status);
+        self.hub.describe(Arc::new(Keyspace { status: Some(status.clone()), ..(*entry.resource).clone() }));
         let unheard = status.stores.iter().any(|s| s.state == Some(StoreState::Unknown));
         let all_there = status.stores.iter().all(|s| s.state == Some(StoreState::Ready));
         let restless = status.phase != Some(Phase::Ready)
