@@ -45,5 +45,5 @@ COPY LICENSE /usr/share/doc/vasto/LICENSE
 # distroless' `nonroot`, by number so that Kubernetes can tell that it isn't root.
 USER 65532:65532
 # Operator, store, and health with metrics.
-EXPOSE 8278 8279 8282
+EXPOSE 6379 8278 8279 8280 8281 8282
 ENTRYPOINT ["vasto"]

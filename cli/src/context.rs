@@ -66,7 +66,8 @@ impl Context {
         self.global.output == Some(Output::Json)
     }
 
-    fn client(&self) -> &Client {
+    /// The client of all commands.
+    pub(crate) fn client(&self) -> &Client {
         let (env, operator) = (&self.env, &self.global.operator);
         self.client.get_or_init(|| Client::with(env.clone(), operator.clone()).deadline(self.global.timeout))
     }

@@ -190,6 +190,7 @@ pub(crate) async fn scan(context: &Context, args: Scan) -> anyhow::Result<()> {
         prefix: args.prefix.unwrap_or_default().into_vec().into(),
         after: args.after.map(|k| k.into_vec().into()),
         limit: args.limit,
+        head: false,
     };
     let mut entries = keyspace.scan(options);
     let terminal = std::io::stdout().is_terminal();

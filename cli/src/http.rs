@@ -1,5 +1,5 @@
-//! What probes and Prometheus ask of a server, over plain HTTP: whether it
-//! works (`/livez`), whether it is ready (`/readyz`), what it does (`/metrics`).
+//! What probes, Prometheus and people ask of a server, over plain HTTP: whether it works (`/livez`), whether it is
+//! ready (`/readyz`), what it does (`/metrics`); of an operator also how all is (`/`, the console).
 //!
 //! Everything is bounded: 64 connections at once, each for one request and for
 //! ten seconds at most, so that nobody who is slow or unkind holds it up for long.
@@ -12,8 +12,8 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::extract::State;
-use axum::http::header::{CONNECTION, CONTENT_TYPE};
-use axum::http::{Method, StatusCode, Uri};
+use axum::http::header::{CONNECTION, CONTENT_SECURITY_POLICY, CONTENT_TYPE};
+use axum::http::{HeaderValue, Method, StatusCode, Uri};
 use axum::response::{IntoResponse, Response};
 use axum::serve::Listener;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -21,20 +21,28 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Sleep;
 use tokio_util::sync::CancellationToken;
+use vasto_operator::console::{self, Console};
+
+use crate::probe;
 
 /// Connections at once; more wait in the listener's backlog.
 const CONNECTIONS: usize = 64;
 /// How long a connection lasts at most.
 const LASTS: Duration = Duration::from_secs(10);
 const TEXT: &str = "text/plain; charset=utf-8";
+const JSON: &str = "application/json";
 const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
 /// The server that is asked about.
 pub(crate) trait Source: Send + Sync + 'static {
     /// Whether it serves what it is there for; if not, why.
     fn ready(&self) -> Result<(), String>;
-    /// All metrics as OpenMetrics text. May block for a moment.
-    fn metrics(&self) -> String;
+    /// All metrics as OpenMetrics text, if it has any. May block for a moment.
+    fn metrics(&self) -> Option<String>;
+    /// What people may look at, if it is an operator.
+    fn console(&self) -> Option<&Console> {
+        None
+    }
 }
 
 /// Answers until `stop`.
@@ -43,15 +51,17 @@ pub(crate) async fn serve(listener: TcpListener, source: Arc<dyn Source>, stop: 
 }
 
 async fn serve_for(lasts: Duration, listener: TcpListener, source: Arc<dyn Source>, stop: CancellationToken) {
+    // Operators listen on the same port, each in a pod of its own.
+    let port = listener.local_addr().map_or(0, |address| address.port());
     let listener = Bounded { listener, room: Arc::new(Semaphore::new(CONNECTIONS)), lasts };
-    let routes = Router::new().fallback(answer).with_state(source);
+    let routes = Router::new().fallback(answer).with_state((source, port));
     tokio::select! {
         _ = axum::serve(listener, routes) => {}
         () = stop.cancelled() => {}
     }
 }
 
-async fn answer(State(source): State<Arc<dyn Source>>, method: Method, uri: Uri) -> Response {
+async fn answer(State((source, port)): State<(Arc<dyn Source>, u16)>, method: Method, uri: Uri) -> Response {
     if method != Method::GET && method != Method::HEAD {
         return text(StatusCode::METHOD_NOT_ALLOWED, format!("{method} is not served here: use GET"));
     }
@@ -62,10 +72,41 @@ async fn answer(State(source): State<Arc<dyn Source>>, method: Method, uri: Uri)
             Err(why) => text(StatusCode::SERVICE_UNAVAILABLE, why),
         },
         "/metrics" => match tokio::task::spawn_blocking(move || source.metrics()).await {
-            Ok(metrics) => respond(StatusCode::OK, OPEN_METRICS, metrics),
+            Ok(Some(metrics)) => respond(StatusCode::OK, OPEN_METRICS, metrics),
+            Ok(None) => text(StatusCode::NOT_FOUND, "there are no metrics here: each store process has its own"),
             Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, format!("the metrics can't be told: {error}")),
         },
-        path => text(StatusCode::NOT_FOUND, format!("{path} is not served here: ask for /livez, /readyz or /metrics")),
+        "/" if source.console().is_some() => page(),
+        "/console.json" if source.console().is_some() => state(&*source, uri.query(), port).await,
+        path => {
+            let also = if source.console().is_some() { ", or / for the console" } else { "" };
+            text(StatusCode::NOT_FOUND, format!("{path} is not served here: ask for /livez, /readyz or /metrics{also}"))
+        }
+    }
+}
+
+/// The console. It may load nothing, and may speak to this server alone.
+fn page() -> Response {
+    let mut response = respond(StatusCode::OK, "text/html; charset=utf-8", console::PAGE.to_owned());
+    let policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; \
+                  img-src data:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'";
+    response.headers_mut().insert(CONTENT_SECURITY_POLICY, HeaderValue::from_static(policy));
+    response
+}
+
+/// What the console draws: of the leader, if that is another operator and can be reached.
+async fn state(source: &dyn Source, query: Option<&str>, port: u16) -> Response {
+    let Some(console) = source.console() else { return StatusCode::NOT_FOUND.into_response() };
+    // Asked by another operator, this one answers for itself: two that take each other for the leader end there.
+    if let (Some(Some(leader)), None) = (console.leader_elsewhere(), query)
+        && let Some((host, _)) = leader.rsplit_once(':')
+        && let Ok(answer) = probe::fetch(host, port, "/console.json?here").await
+    {
+        return respond(StatusCode::OK, JSON, answer);
+    }
+    match console.state() {
+        Some(state) => respond(StatusCode::OK, JSON, state.to_string()),
+        None => text(StatusCode::SERVICE_UNAVAILABLE, "the operator has not begun yet"),
     }
 }
 
@@ -167,8 +208,8 @@ mod tests {
         fn ready(&self) -> Result<(), String> {
             self.0.clone()
         }
-        fn metrics(&self) -> String {
-            "# EOF\n".into()
+        fn metrics(&self) -> Option<String> {
+            Some("# EOF\n".into())
         }
     }
 

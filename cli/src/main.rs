@@ -8,6 +8,7 @@ mod context;
 mod data;
 mod dump;
 mod exit;
+mod gateway;
 mod http;
 mod keyspace;
 mod keyspace_view;
@@ -51,6 +52,8 @@ pub(crate) enum Command {
     Operator(operator::Operator),
     /// Run a store alone.
     Store(store::Store),
+    /// Run a gateway: Redis' protocol, HTTP and gRPC, for programs without a Vasto client.
+    Gateway(gateway::Gateway),
     /// Put a value under a key.
     Put(data::Put),
     /// Print the value of a key.
@@ -91,7 +94,7 @@ pub(crate) enum Command {
 
 impl Command {
     fn is_server(&self) -> bool {
-        matches!(self, Self::Up(_) | Self::Operator(_) | Self::Store(_))
+        matches!(self, Self::Up(_) | Self::Operator(_) | Self::Store(_) | Self::Gateway(_))
     }
 }
 
@@ -164,6 +167,7 @@ async fn run(context: &Context, command: Command) -> anyhow::Result<()> {
         Command::Up(args) => Box::pin(up::run(context, args)).await,
         Command::Operator(args) => Box::pin(operator::run(context, args)).await,
         Command::Store(args) => Box::pin(store::run(context, args)).await,
+        Command::Gateway(args) => Box::pin(gateway::run(context, args)).await,
         Command::Put(args) => Box::pin(data::put(context, args)).await,
         Command::Get(args) => Box::pin(data::get(context, args)).await,
         Command::Delete(args) => Box::pin(data::delete(context, args)).await,

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use anyhow::Context as _;
 use clap::Args;
 use tokio_util::sync::CancellationToken;
+use vasto_operator::console::Console;
 use vasto_operator::kube::{self, Monitor, Timings};
 use vasto_operator::local::{self, External};
 
@@ -20,7 +21,7 @@ use crate::output::emit_line;
 #[derive(Args, Debug)]
 pub(crate) struct Operator {
     /// Without Kubernetes: keep keyspaces as YAML files in this folder, made if it isn't there.
-    #[arg(long, value_name = "DIR", conflicts_with_all = ["namespace", "image", "service", "http"])]
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["namespace", "image", "service"])]
     local: Option<PathBuf>,
     /// With --local: apply the keyspaces of this YAML file, and follow its edits. May be given several times.
     #[arg(short, long, value_name = "FILE", requires = "local")]
@@ -28,7 +29,7 @@ pub(crate) struct Operator {
     /// Where to listen.
     #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:8278", value_parser = parse_address)]
     listen: String,
-    /// Where to answer probes and show metrics.
+    /// Where to answer probes, show metrics (on Kubernetes) and the console, a page for people.
     #[arg(long, value_name = "HOST:PORT", value_parser = parse_address)]
     http: Option<String>,
     /// Serve the Keyspaces of this namespace only.
@@ -63,7 +64,12 @@ async fn run_local(context: &Context, args: Operator, dir: PathBuf, stop: Cancel
     let listener = listen("the operator", &args.listen, "--listen").await?;
     let mut options = local::Options::new(dir, context.env.clone());
     options.files = args.file;
+    let console = options.console.clone();
     let operator = local::Operator::open(options)?;
+    if let Some(http) = &args.http {
+        let listener = listen("the operator's console", http, "--http").await?;
+        tokio::spawn(http::serve(listener, Arc::new(console), stop.clone()));
+    }
     emit_line(format!("operator listens on {}", listener.local_addr()?))?;
     Ok(operator.serve(listener, Arc::new(External), stop).await?)
 }
@@ -73,8 +79,27 @@ impl http::Source for Monitor {
         self.ready()
     }
 
-    fn metrics(&self) -> String {
-        self.encode()
+    fn metrics(&self) -> Option<String> {
+        Some(self.encode())
+    }
+
+    fn console(&self) -> Option<&Console> {
+        Some(self.console())
+    }
+}
+
+/// An operator without Kubernetes.
+impl http::Source for Console {
+    fn ready(&self) -> Result<(), String> {
+        self.state().map(|_| ()).ok_or_else(|| "the operator has not begun yet".to_owned())
+    }
+
+    fn metrics(&self) -> Option<String> {
+        None
+    }
+
+    fn console(&self) -> Option<&Console> {
+        Some(self)
     }
 }
 

@@ -12,6 +12,8 @@ use crate::exit::{Code, fault};
 const WITHIN: Duration = Duration::from_secs(5);
 /// More of an answer is not read.
 const ANSWER_BYTES: u64 = 1 << 20;
+/// Nor of one that is passed on.
+const WHOLE_BYTES: u64 = 64 << 20;
 
 /// Arguments of `vasto probe`.
 #[derive(Args, Debug)]
@@ -49,7 +51,7 @@ fn parse(text: &str) -> Result<Url, String> {
 pub(crate) async fn run(args: Probe) -> anyhow::Result<()> {
     let Url { host, port, path } = &args.url;
     let asked = format!("http://{host}:{port}{path}");
-    let answer = match tokio::time::timeout(WITHIN, get(&args.url)).await {
+    let answer = match tokio::time::timeout(WITHIN, get(&args.url, ANSWER_BYTES)).await {
         Ok(Ok(answer)) => answer,
         Ok(Err(error)) => return Err(fault(Code::Failure, format!("{asked} does not answer: {error}"))),
         Err(_) => return Err(fault(Code::Failure, format!("{asked} did not answer within {WITHIN:?}"))),
@@ -61,14 +63,24 @@ pub(crate) async fn run(args: Probe) -> anyhow::Result<()> {
     }
 }
 
-async fn get(url: &Url) -> std::io::Result<String> {
+/// What another operator's server says at this path, if it is well.
+pub(crate) async fn fetch(host: &str, port: u16, path: &str) -> std::io::Result<String> {
+    let url = Url { host: host.to_owned(), port, path: path.to_owned() };
+    let answer = tokio::time::timeout(WITHIN, get(&url, WHOLE_BYTES)).await??;
+    match split(&answer) {
+        Some((200, body)) => Ok(body.to_owned()),
+        _ => Err(std::io::Error::other("no good answer")),
+    }
+}
+
+async fn get(url: &Url, most: u64) -> std::io::Result<String> {
     let bare = url.host.trim_start_matches('[').trim_end_matches(']');
     let mut stream = TcpStream::connect((bare, url.port)).await?;
     // In 1.0 the answer is whole and ends with the connection.
     let request = format!("GET {} HTTP/1.0\r\nHost: {}:{}\r\n\r\n", url.path, url.host, url.port);
     stream.write_all(request.as_bytes()).await?;
     let mut answer = Vec::new();
-    stream.take(ANSWER_BYTES).read_to_end(&mut answer).await?;
+    stream.take(most).read_to_end(&mut answer).await?;
     Ok(String::from_utf8_lossy(&answer).into_owned())
 }
 
@@ -112,8 +124,8 @@ mod tests {
         fn ready(&self) -> Result<(), String> {
             Err("shard 2 is being built".into())
         }
-        fn metrics(&self) -> String {
-            String::new()
+        fn metrics(&self) -> Option<String> {
+            None
         }
     }
 

@@ -84,8 +84,8 @@ impl http::Source for Monitor {
     fn ready(&self) -> Result<(), String> {
         Monitor::ready(self)
     }
-    fn metrics(&self) -> String {
-        self.encode()
+    fn metrics(&self) -> Option<String> {
+        Some(self.encode())
     }
 }
 

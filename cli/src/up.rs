@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
@@ -13,6 +14,8 @@ use vasto_client::ScanOptions;
 use vasto_operator::local::{Operator, Options};
 
 use crate::context::{Context, parse_address};
+use crate::gateway::{self, Place, Ports, Taken};
+use crate::http;
 use crate::listen::{listen, stop_on_signals};
 use crate::output::{counted, emit_line, span};
 use crate::runner::{Runner, Setting};
@@ -32,6 +35,14 @@ pub(crate) struct Up {
     /// Run each store as a process of its own.
     #[arg(long)]
     processes: bool,
+    /// Where to show the console, a page for people (127.0.0.1:8282 unless given), or off.
+    #[arg(long, value_name = "HOST:PORT", value_parser = gateway::parse_place)]
+    console: Option<Place>,
+    #[command(flatten)]
+    gateway: Ports,
+    /// The keyspace of Redis clients that have selected none; not needed where there is only one.
+    #[arg(long, value_name = "NAME")]
+    keyspace: Option<String>,
 }
 
 pub(crate) async fn run(context: &Context, args: Up) -> anyhow::Result<()> {
@@ -41,6 +52,7 @@ pub(crate) async fn run(context: &Context, args: Up) -> anyhow::Result<()> {
     let address = listener.local_addr()?;
     let mut options = Options::new(args.data.join("operator"), context.env.clone());
     options.files = args.file;
+    let console = options.console.clone();
     // What is wrong with a file or a folder is told before anything runs.
     let operator = Operator::open(options)?;
     let names = operator.keyspaces().map(|k| k.name().to_string()).collect();
@@ -54,7 +66,14 @@ pub(crate) async fn run(context: &Context, args: Up) -> anyhow::Result<()> {
     let stop_operator = CancellationToken::new();
     let mut serving = tokio::spawn(operator.serve(listener, runner.clone(), stop_operator.clone()));
     emit_line(format!("vasto is up: the operator listens on {address}, data is in {}", args.data.display()))?;
+    if let Some(listener) =
+        gateway::open("the console", args.console, "127.0.0.1:8282", "--console", Taken::GoOn).await?
+    {
+        emit_line(format!("console: http://{}/", listener.local_addr()?))?;
+        tokio::spawn(http::serve(listener, Arc::new(console), stop.clone()));
+    }
     let here = context.at(reachable(address).to_string());
+    let gateway = gateway::start(&here, args.gateway, args.keyspace, Taken::GoOn).await?;
     let announcing = AbortOnDropHandle::new(tokio::spawn(announce(here, names, start)));
 
     let ended = tokio::select! {
@@ -62,6 +81,7 @@ pub(crate) async fn run(context: &Context, args: Up) -> anyhow::Result<()> {
         () = stop.cancelled() => None,
     };
     drop(announcing);
+    gateway.stop().await;
     // Stores first, so that they can tell the operator that they leave on purpose.
     runner.stop().await;
     stop_operator.cancel();

@@ -5,5 +5,7 @@ mod changes;
 mod damage;
 mod faults;
 mod fuzz;
+mod gateway;
+mod redis;
 mod soak;
 mod up;

@@ -33,6 +33,8 @@ impl Up {
         let log = std::fs::File::create(self.folder.path().join("up.log")).unwrap();
         let mut command = Command::new(vasto());
         command.current_dir(self.folder.path()).args(["up", "-f", "words.yaml", "--listen", &self.address()]);
+        // Tests run beside one another, and beside whatever this machine has on the usual ports.
+        command.args(["--redis", "off", "--http", "off", "--grpc", "off", "--console", "off"]);
         if self.processes {
             command.arg("--processes");
         }

@@ -9,6 +9,7 @@ mod base;
 mod cluster;
 mod deletion;
 mod evidence;
+mod gateway;
 mod install;
 mod kube;
 mod load;
@@ -63,6 +64,7 @@ const STEPS: &[Step] = &[
     step("delete a pod", loss::delete_a_pod),
     step("delete a pod with its volume", loss::delete_a_pod_with_its_volume),
     step("metrics are true", operator::metrics_are_true),
+    step("gateways and the console", gateway::serves),
     step("replace a store", loss::replace_a_store),
     step("drain a node", loss::drain_a_node),
     step("drain a node with the only copy", loss::drain_a_node_with_the_only_copy),

@@ -27,6 +27,22 @@ app.kubernetes.io/component: operator
 {{- toYaml (merge $own .Values.commonLabels) }}
 {{- end }}
 
+{{/* The gateways' name: release vasto gives vasto-gateway. */}}
+{{- define "vasto.gateway" -}}
+{{- printf "%s-gateway" (include "vasto.fullname" . | trimSuffix "-operator") }}
+{{- end }}
+
+{{- define "vasto.gatewaySelector" -}}
+app.kubernetes.io/name: vasto
+app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/component: gateway
+{{- end }}
+
+{{- define "vasto.gatewayLabels" -}}
+{{- $all := include "vasto.labels" . | fromYaml }}
+{{- toYaml (set $all "app.kubernetes.io/component" "gateway") }}
+{{- end }}
+
 {{- define "vasto.serviceAccountName" -}}
 {{- $default := ternary (include "vasto.fullname" .) "default" .Values.serviceAccount.create }}
 {{- default $default .Values.serviceAccount.name }}

@@ -1,0 +1,265 @@
+//! Redis' protocol, versions 2 and 3: what came together is worked on together, what can go in one batch to the
+//! map goes in one, and answers stay in order and leave in one go.
+//!
+//! Everything is bounded: connections; bytes of requests that have not come whole, over all connections; the time
+//! that a request that has begun, or a reader of answers, may take; bytes of the answers that wait.
+
+mod command;
+mod cursors;
+mod pattern;
+mod reply;
+mod request;
+mod session;
+mod table;
+
+use std::collections::VecDeque;
+use std::io::{self, ErrorKind};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use bytes::BytesMut;
+use tokio::io::AsyncWriteExt;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::{Instant, timeout};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use vasto_client::Env;
+
+use crate::Gateway;
+use crate::metrics::Protocol;
+use command::{Command, Parser};
+use reply::Reply;
+use request::{Malformed, Reader};
+use session::Session;
+
+/// Connections at once.
+const CONNECTIONS: usize = 20_000;
+/// Bytes of a request that each connection may hold before it has come whole.
+const FREE: usize = 16 << 10;
+/// Beyond that all connections share this many, in units of `FREE`.
+const ROOM: usize = (256 << 20) / FREE;
+/// How long the rest of a request, or the taking of answers, may take.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// How long the refusal of a MULTI is held back: whoever doesn't wait for it has sent more by then.
+const HESITATION: Duration = Duration::from_millis(20);
+/// Bytes of answers that are gathered before they are sent.
+const ANSWERS: usize = 1 << 20;
+/// Bytes that are read at once.
+const READ: usize = 64 << 10;
+/// Commands that are worked on together.
+const COMMANDS: usize = 1024;
+
+/// What all connections share.
+pub(crate) struct Shared {
+    cursors: Mutex<cursors::Cursors>,
+    connections: Arc<Semaphore>,
+    room: Arc<Semaphore>,
+    last_id: AtomicU64,
+    started_ms: u64,
+}
+
+impl Shared {
+    pub(crate) fn new(env: &Env) -> Self {
+        Self {
+            cursors: Mutex::default(),
+            connections: Arc::new(Semaphore::new(CONNECTIONS)),
+            room: Arc::new(Semaphore::new(ROOM)),
+            last_id: AtomicU64::new(0),
+            started_ms: env.now_ms(),
+        }
+    }
+}
+
+/// Serves until `stop`.
+pub(crate) async fn serve(gateway: Arc<Gateway>, listener: TcpListener, stop: CancellationToken) {
+    let tasks = TaskTracker::new();
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = stop.cancelled() => break,
+        };
+        let stream = match accepted {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                // Such as too many open files: others end meanwhile.
+                tracing::warn!(%error, "a connection was not accepted");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                continue;
+            }
+        };
+        let Ok(place) = gateway.redis.connections.clone().try_acquire_owned() else {
+            gateway.counts.of(Protocol::Redis).turned_away.inc();
+            // It fits into the socket's own buffer, or is not worth a wait.
+            let _ = stream.try_write(b"-ERR max number of clients reached\r\n");
+            continue;
+        };
+        let _ = stream.set_nodelay(true);
+        let (gateway, stop) = (gateway.clone(), stop.clone());
+        tasks.spawn(async move {
+            let traffic = gateway.counts.of(Protocol::Redis);
+            traffic.connections.inc();
+            let id = gateway.redis.last_id.fetch_add(1, Ordering::Relaxed) + 1;
+            let mut connection = Connection::new(&gateway, stream, id);
+            let ended = connection.run(&stop).await;
+            if let Err(error) = ended {
+                tracing::debug!(connection = id, %error, "a connection ended");
+            }
+            traffic.connections.dec();
+            drop(place);
+        });
+    }
+    tasks.close();
+    tasks.wait().await;
+}
+
+struct Connection<'a> {
+    gateway: &'a Gateway,
+    stream: TcpStream,
+    reader: Reader,
+    incoming: BytesMut,
+    outgoing: BytesMut,
+    parser: Parser,
+    session: Session<'a>,
+    /// Room for what `FREE` does not hold.
+    held: Option<OwnedSemaphorePermit>,
+    /// When the request that has begun must have come whole.
+    due: Option<Instant>,
+}
+
+impl<'a> Connection<'a> {
+    fn new(gateway: &'a Gateway, stream: TcpStream, id: u64) -> Self {
+        Self {
+            gateway,
+            stream,
+            reader: Reader::default(),
+            incoming: BytesMut::new(),
+            outgoing: BytesMut::new(),
+            parser: Parser::default(),
+            session: Session::new(gateway, id),
+            held: None,
+            due: None,
+        }
+    }
+
+    async fn run(&mut self, stop: &CancellationToken) -> io::Result<()> {
+        loop {
+            let (mut commands, malformed) = self.take();
+            if commands.is_empty() && malformed.is_none() {
+                if let Err(why) = self.hold() {
+                    return self.refuse(why).await;
+                }
+                match self.read(stop).await {
+                    Ok(true) => continue,
+                    Ok(false) => return Ok(()),
+                    Err(error) if error.kind() == ErrorKind::TimedOut => return self.refuse(error).await,
+                    Err(error) => return Err(error),
+                }
+            }
+            if self.parser.is_after_multi() && timeout(HESITATION, self.stream.peek(&mut [0])).await.is_err() {
+                self.parser.forget_multi();
+            }
+            self.due = None;
+            let begun = Instant::now();
+            let (count, mut failed) = (commands.len(), 0);
+            while !commands.is_empty() && !self.session.has_quit() {
+                failed += self.session.step(&mut commands, &mut self.outgoing).await;
+                if self.outgoing.len() >= ANSWERS {
+                    self.send().await?;
+                }
+            }
+            if count > 0 {
+                self.gateway.counts.of(Protocol::Redis).answered(count, failed, begun.elapsed());
+            }
+            if let Some(error) = malformed {
+                return self.refuse(error).await;
+            }
+            self.send().await?;
+            if self.session.has_quit() {
+                return self.stream.shutdown().await;
+            }
+        }
+    }
+
+    /// What has come whole, and why no more can be told apart, if so.
+    fn take(&mut self) -> (VecDeque<Result<Command, Reply>>, Option<Malformed>) {
+        let now_ms = self.gateway.env.now_ms();
+        let mut commands = VecDeque::new();
+        while commands.len() < COMMANDS {
+            match self.reader.next(&mut self.incoming) {
+                Ok(Some(words)) => commands.push_back(self.parser.parse(words, now_ms)),
+                Ok(None) => break,
+                Err(error) => return (commands, Some(error)),
+            }
+        }
+        (commands, None)
+    }
+
+    /// Takes as much of the common room as what has not come whole needs.
+    fn hold(&mut self) -> Result<(), &'static str> {
+        let bytes = self.reader.taken() + self.incoming.len();
+        let needed = bytes.saturating_sub(FREE).div_ceil(FREE);
+        let had = self.held.as_ref().map_or(0, OwnedSemaphorePermit::num_permits);
+        if needed < had {
+            self.held = self.held.take().and_then(|mut held| held.split(needed)).filter(|_| needed > 0);
+        } else if needed > had {
+            let more = u32::try_from(needed - had).unwrap_or(u32::MAX);
+            let Ok(more) = self.gateway.redis.room.clone().try_acquire_many_owned(more) else {
+                return Err("the gateway has no room for so long a request now: try again, or send less at a time");
+            };
+            match &mut self.held {
+                Some(held) => held.merge(more),
+                none => *none = Some(more),
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits for more; false: there will be none.
+    async fn read(&mut self, stop: &CancellationToken) -> io::Result<bool> {
+        if self.reader.is_inside() || !self.incoming.is_empty() {
+            self.due.get_or_insert_with(|| Instant::now() + PATIENCE);
+        } else {
+            // Whoever is idle holds nothing.
+            (self.incoming, self.due) = (BytesMut::new(), None);
+        }
+        let due = self.due;
+        loop {
+            tokio::select! {
+                ready = self.stream.readable() => ready?,
+                () = stop.cancelled() => return Ok(false),
+                () = async { tokio::time::sleep_until(due.unwrap_or_else(Instant::now)).await }, if due.is_some() => {
+                    let words = format!("the rest of the request did not come within {} s", PATIENCE.as_secs());
+                    return Err(io::Error::new(ErrorKind::TimedOut, words));
+                }
+            }
+            self.incoming.reserve(READ);
+            match self.stream.try_read_buf(&mut self.incoming) {
+                Ok(count) => return Ok(count > 0),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Sends all answers so far.
+    async fn send(&mut self) -> io::Result<()> {
+        if self.outgoing.is_empty() {
+            return Ok(());
+        }
+        let sent = timeout(PATIENCE, self.stream.write_all(&self.outgoing)).await;
+        self.outgoing.clear();
+        if self.outgoing.capacity() > READ {
+            self.outgoing = BytesMut::new();
+        }
+        sent.unwrap_or_else(|_| Err(io::Error::new(ErrorKind::TimedOut, "the client does not take its answers")))
+    }
+
+    /// Says why the connection can't go on, and ends it.
+    async fn refuse(&mut self, why: impl std::fmt::Display) -> io::Result<()> {
+        Reply::error(why).encode(self.session.version(), &mut self.outgoing);
+        self.send().await?;
+        self.stream.shutdown().await
+    }
+}
