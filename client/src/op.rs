@@ -216,7 +216,8 @@ impl Op {
     }
 
     /// Lets a key read as nothing after this long; `None`: never. What the key holds is put again for it, so it
-    /// outdates what other replicas took at the same time. Of a key that holds nothing: does nothing.
+    /// outdates what other replicas took and the one that it is sent to has not got yet; it is never repeated. Of a key that
+    /// holds nothing, or ends so already: does nothing.
     pub fn expire(key: impl Into<Bytes>, ttl: Option<Duration>) -> Self {
         Self::new(key, Action::Expire(ttl))
     }
@@ -249,8 +250,10 @@ impl Op {
         if returning.is_some() && kind == Kind::Read {
             return Err(Error::Invalid(format!("get {} was told what to return; only a change is", show(&key))));
         }
-        // Repeated, it would answer what its own first execution left.
-        let kind = if returning.is_some() { Kind::Merge } else { kind };
+        // Repeated, it would answer what its own first execution left; or, at a replica that lags, put an older value
+        // once more.
+        let once = returning.is_some() || options.keep_ttl || matches!(action, Action::Expire(_));
+        let kind = if once { Kind::Merge } else { kind };
         if options.keep_ttl && (verb != "put" || options.ttl.is_some()) {
             let words = "was told to keep the key's ttl; only a put without one of its own is";
             return Err(Error::Invalid(format!("{verb} {} {words}", show(&key))));
@@ -463,11 +466,12 @@ mod tests {
     }
 
     #[test]
-    fn what_returns_something_is_never_repeated() {
+    fn what_tells_or_keeps_what_was_there_is_never_repeated() {
         let kind = |op: Op| op.prepare(0, TEN).unwrap().kind;
         assert_eq!(kind(Op::delete("k")), Kind::Write);
         assert_eq!(kind(Op::delete("k").with(Options::new().returning(Returning::Before))), Kind::Merge);
-        assert_eq!(kind(Op::expire("k", None)), Kind::Write);
+        assert_eq!(kind(Op::expire("k", None)), Kind::Merge);
+        assert_eq!(kind(Op::put("k", "v").with(Options::new().keep_ttl())), Kind::Merge);
     }
 
     #[test]

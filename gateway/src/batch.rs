@@ -7,8 +7,8 @@ use vasto_client::{Error, Keyspace, Op, Outcome};
 const VALUES: usize = 8 << 20;
 /// Values that are read together, as long as nothing is known of their size. Each may have 8 MiB.
 pub(crate) const FIRST_READS: usize = 16;
-/// However small they are.
-const MOST_READS: usize = 1024;
+/// However small the last ones were: the next may all be large.
+const MOST_READS: usize = 128;
 
 /// Carries out operations in their order. Once the answers have more than `most` bytes of values, no more is read:
 /// each further read fails, and all else is done. `reads`: how many go together, which is learnt on the way.

@@ -1,22 +1,26 @@
 //! The map over gRPC, for generated clients: `proto/vasto/v1/kv.proto`, with reflection and health.
 
+use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
 use futures::{Stream, StreamExt};
-use tokio::net::TcpListener;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
+use tokio_io_timeout::TimeoutStream;
 use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
+use tonic::transport::server::Connected;
 use tonic::{Request, Response, Status};
-use vasto_client::{
-    Code, Data, Entry, Error, Keyspace, Merge, Op, Options, Outcome, Returning, ScanOptions, Stamp, Value,
-};
+use vasto_client::{Code, Data, Entry, Error, Keyspace, Merge, Op, Options, Outcome, Returning, ScanOptions, Value};
 
 use crate::Gateway;
+use crate::http::version;
 use crate::metrics::Protocol;
 use v1::kv_server::{Kv, KvServer};
 use v1::*;
@@ -30,6 +34,16 @@ mod v1 {
 
 /// The most bytes of a message: a batch, or a value with its key.
 const MAX_MESSAGE: usize = 16 << 20;
+/// Of that, kept for the answers of what changes something.
+const MARGIN: usize = 4 << 20;
+/// Bytes around each answer of a batch, at most.
+const FRAME: usize = 8;
+/// Connections at once.
+const CONNECTIONS: usize = 20_000;
+/// Requests at once on one of them.
+const STREAMS: u32 = 64;
+/// How long a client may not take what is sent to it.
+const PATIENCE: Duration = Duration::from_secs(60);
 /// Requests at once, over all connections.
 const REQUESTS: usize = 1_024;
 /// Bytes of entries that go in one message.
@@ -54,15 +68,12 @@ pub(crate) async fn serve(gateway: Arc<Gateway>, listener: TcpListener, stop: Ca
             return;
         }
     };
+    let connections = connections(gateway.clone(), listener);
     let service = Service { gateway, places: Arc::new(Semaphore::new(REQUESTS)) };
     let kv = KvServer::new(service).max_decoding_message_size(MAX_MESSAGE).max_encoding_message_size(MAX_MESSAGE);
-    let connections = TcpListenerStream::new(listener).inspect(|connection| {
-        if let Ok(connection) = connection {
-            let _ = connection.set_nodelay(true);
-        }
-    });
     let served = tonic::transport::Server::builder()
         .http2_keepalive_interval(Some(KEEPALIVE))
+        .max_concurrent_streams(STREAMS)
         .add_service(kv)
         .add_service(healthy)
         .add_service(newest)
@@ -71,6 +82,85 @@ pub(crate) async fn serve(gateway: Arc<Gateway>, listener: TcpListener, stop: Ca
         .await;
     if let Err(error) = served {
         tracing::error!(%error, "gRPC is served no more");
+    }
+}
+
+/// Those that there is room for.
+fn connections(gateway: Arc<Gateway>, listener: TcpListener) -> impl Stream<Item = io::Result<Connection>> {
+    let room = Arc::new(Semaphore::new(CONNECTIONS));
+    TcpListenerStream::new(listener).filter_map(move |accepted| {
+        let (gateway, room) = (gateway.clone(), room.clone());
+        async move {
+            let stream = match accepted {
+                Ok(stream) => stream,
+                Err(error) => {
+                    tracing::warn!(%error, "a connection was not accepted");
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                    return None;
+                }
+            };
+            let traffic = gateway.counts.of(Protocol::Grpc);
+            let Ok(place) = room.try_acquire_owned() else {
+                traffic.turned_away.inc();
+                return None;
+            };
+            let _ = stream.set_nodelay(true);
+            let mut stream = TimeoutStream::new(stream);
+            stream.set_write_timeout(Some(PATIENCE));
+            traffic.connections.inc();
+            Some(Ok(Connection { stream: Box::pin(stream), gateway, _place: place }))
+        }
+    })
+}
+
+/// A connection, counted until it ends.
+struct Connection {
+    stream: Pin<Box<TimeoutStream<TcpStream>>>,
+    gateway: Arc<Gateway>,
+    _place: OwnedSemaphorePermit,
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        self.gateway.counts.of(Protocol::Grpc).connections.dec();
+    }
+}
+
+impl Connected for Connection {
+    type ConnectInfo = ();
+
+    fn connect_info(&self) {}
+}
+
+impl AsyncRead for Connection {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        self.stream.as_mut().poll_read(cx, buffer)
+    }
+}
+
+impl AsyncWrite for Connection {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        self.stream.as_mut().poll_write(cx, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.stream.as_mut().poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.stream.as_mut().poll_shutdown(cx)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        parts: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        self.stream.as_mut().poll_write_vectored(cx, parts)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
     }
 }
 
@@ -123,16 +213,13 @@ fn status(error: Error) -> Status {
     Status::new(code(&error), error.to_string())
 }
 
-fn version(stamp: Stamp) -> String {
-    format!("{:x}-{:x}", stamp.time, stamp.origin)
-}
-
 fn value(value: Value) -> KvValue {
+    let version = version(value.stamp, &value.data);
     let data = match value.data {
         Data::Bytes(bytes) => kv_value::Data::Bytes(bytes),
         Data::Number(number) => kv_value::Data::Number(number),
     };
-    KvValue { data: Some(data), expiry_ms: value.expiry_ms.unwrap_or(0), version: version(value.stamp) }
+    KvValue { data: Some(data), expiry_ms: value.expiry_ms.unwrap_or(0), version }
 }
 
 fn options(partition_key: Option<Bytes>) -> Options {
@@ -143,14 +230,16 @@ fn get(request: KvGetRequest) -> Op {
     Op::get(request.key).with(options(request.partition_key))
 }
 
-fn put(request: KvPutRequest) -> Result<Op, Status> {
+/// The put, and what is put.
+fn put(request: KvPutRequest) -> Result<(Op, Data), Status> {
     let data = match request.data {
         Some(kv_put_request::Data::Bytes(bytes)) => Data::Bytes(bytes),
         Some(kv_put_request::Data::Number(number)) => Data::Number(number),
         None => return Err(Status::invalid_argument("the put has no data: set bytes (which may be empty) or number")),
     };
     let ttl = (request.ttl_ms != 0).then(|| Duration::from_millis(request.ttl_ms));
-    Ok(Op::put(request.key, data).with(Options { ttl, ..options(request.partition_key) }))
+    let op = Op::put(request.key, data.clone()).with(Options { ttl, ..options(request.partition_key) });
+    Ok((op, data))
 }
 
 fn delete(request: KvDeleteRequest) -> Op {
@@ -174,9 +263,9 @@ fn got(outcome: Outcome) -> KvGetResponse {
     KvGetResponse { value: outcome.value().map(value) }
 }
 
-fn was_put(outcome: Outcome) -> KvPutResponse {
+fn was_put(outcome: Outcome, data: &Data) -> KvPutResponse {
     match outcome {
-        Outcome::Written(stamp) | Outcome::Returned(stamp, _) => KvPutResponse { version: version(stamp) },
+        Outcome::Written(stamp) | Outcome::Returned(stamp, _) => KvPutResponse { version: version(stamp, data) },
         Outcome::Found(_) | Outcome::Nothing => KvPutResponse::default(),
     }
 }
@@ -186,10 +275,9 @@ fn was_merged(outcome: Outcome) -> KvMergeResponse {
 }
 
 /// What an operation of a batch is answered with.
-#[derive(Clone, Copy)]
 enum Kind {
     Get,
-    Put,
+    Put(Data),
     Delete,
     Merge,
 }
@@ -205,7 +293,8 @@ impl Kv for Service {
     async fn put(&self, request: Request<KvPutRequest>) -> Result<Response<KvPutResponse>, Status> {
         let request = request.into_inner();
         let keyspace = request.keyspace.clone();
-        Ok(Response::new(was_put(self.one(&keyspace, put(request)?).await?)))
+        let (op, data) = put(request)?;
+        Ok(Response::new(was_put(self.one(&keyspace, op).await?, &data)))
     }
 
     async fn delete(&self, request: Request<KvDeleteRequest>) -> Result<Response<KvDeleteResponse>, Status> {
@@ -232,7 +321,10 @@ impl Kv for Service {
             let at = |status: Status| Status::new(status.code(), format!("operations[{index}]: {}", status.message()));
             let (kind, op) = match operation.operation {
                 Some(Operation::Get(request)) => (Kind::Get, get(request)),
-                Some(Operation::Put(request)) => (Kind::Put, put(request).map_err(at)?),
+                Some(Operation::Put(request)) => {
+                    let (op, data) = put(request).map_err(at)?;
+                    (Kind::Put(data), op)
+                }
                 Some(Operation::Delete(request)) => (Kind::Delete, delete(request)),
                 Some(Operation::Merge(request)) => (Kind::Merge, merge(request).map_err(at)?),
                 None => return Err(at(Status::invalid_argument("it is none of get, put, delete and merge"))),
@@ -250,17 +342,25 @@ impl Kv for Service {
                     kv_result::Result::Error(KvError { code: code(&error) as i32, message: error.to_string() })
                 }
                 (Ok(outcome), Kind::Get) => kv_result::Result::Get(got(outcome)),
-                (Ok(outcome), Kind::Put) => kv_result::Result::Put(was_put(outcome)),
+                (Ok(outcome), Kind::Put(data)) => kv_result::Result::Put(was_put(outcome, &data)),
                 (Ok(_), Kind::Delete) => kv_result::Result::Delete(KvDeleteResponse {}),
                 (Ok(outcome), Kind::Merge) => kv_result::Result::Merge(was_merged(outcome)),
             };
             KvResult { result: Some(result) }
         });
-        let response = KvBatchResponse { results: results.collect() };
-        if prost::Message::encoded_len(&response) > MAX_MESSAGE {
-            return Err(Status::out_of_range("the answers have more than 16 MiB: ask for fewer keys at a time"));
-        }
-        Ok(Response::new(response))
+        // All of it was done: what there is no room for is told of each read by itself.
+        let mut bytes = 0;
+        let fitting = results.map(|result| {
+            let length = prost::Message::encoded_len(&result);
+            if !matches!(result.result, Some(kv_result::Result::Get(_))) || bytes + length <= MAX_MESSAGE - MARGIN {
+                bytes += length + FRAME;
+                return result;
+            }
+            let message = "the answers have more than 16 MiB: ask for fewer keys at a time".to_owned();
+            let error = KvError { code: tonic::Code::OutOfRange as i32, message };
+            KvResult { result: Some(kv_result::Result::Error(error)) }
+        });
+        Ok(Response::new(KvBatchResponse { results: fitting.collect() }))
     }
 
     type ScanStream = Pin<Box<dyn Stream<Item = Result<KvScanResponse, Status>> + Send>>;
@@ -275,24 +375,30 @@ impl Kv for Service {
             limit: (request.limit != 0).then_some(request.limit),
             head: request.keys_only,
         };
+        let head = request.keys_only;
         let entries = keyspace.scan(options).ready_chunks(1024);
         // Those that are there go together; the place is held until the last one has been taken.
         let pages = entries.flat_map(move |entries| {
             let _held = &place;
-            futures::stream::iter(pages(entries))
+            futures::stream::iter(pages(entries, head))
         });
         Ok(Response::new(Box::pin(pages)))
     }
 }
 
 /// Entries in messages that are not too large; an error ends them.
-fn pages(entries: Vec<Result<Entry, Error>>) -> Vec<Result<KvScanResponse, Status>> {
+fn pages(entries: Vec<Result<Entry, Error>>, head: bool) -> Vec<Result<KvScanResponse, Status>> {
     let (mut pages, mut page, mut bytes) = (Vec::new(), Vec::new(), 0);
     for entry in entries {
         match entry {
             Ok(entry) => {
                 bytes += entry.key.len() + entry.value.bytes().map_or(8, Bytes::len) + 64;
-                page.push(KvEntry { key: entry.key, value: Some(value(entry.value)) });
+                let mut value = value(entry.value);
+                if head {
+                    // The bytes are a part of it, and are not there.
+                    value.version.clear();
+                }
+                page.push(KvEntry { key: entry.key, value: Some(value) });
             }
             Err(error) => {
                 pages.push(Ok(KvScanResponse { entries: std::mem::take(&mut page) }));

@@ -13,7 +13,7 @@ use std::time::Duration;
 use axum::body::{Body, to_bytes};
 use axum::extract::{Request, State};
 use axum::http::header::{
-    ALLOW, CONTENT_LENGTH, CONTENT_TYPE, ETAG, IF_MATCH, IF_NONE_MATCH, IF_UNMODIFIED_SINCE, RETRY_AFTER,
+    ALLOW, CONTENT_LENGTH, CONTENT_TYPE, ETAG, HOST, IF_MATCH, IF_NONE_MATCH, IF_UNMODIFIED_SINCE, ORIGIN, RETRY_AFTER,
     X_CONTENT_TYPE_OPTIONS,
 };
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
@@ -21,6 +21,7 @@ use axum::response::{IntoResponse, Response};
 use bytes::{Bytes, BytesMut};
 use futures::StreamExt;
 use tokio::time::{Instant, timeout};
+use vasto_client::hash::partition_hash;
 use vasto_client::{
     Code, Data, Error, Keyspace, MAX_VALUE, Merge, Op, Options, Outcome, Returning, ScanOptions, Stamp, Value,
 };
@@ -35,6 +36,8 @@ const MAX_BATCH: usize = 16 << 20;
 const MAX_ANSWER: usize = 64 << 20;
 /// Bytes of lines that are sent together.
 const LINES: usize = 64 << 10;
+/// Bodies up to this many bytes need no room.
+const SMALL: usize = 64 << 10;
 /// How long a body may take to come.
 const PATIENCE: Duration = Duration::from_secs(60);
 const TEXT: &str = "text/plain; charset=utf-8";
@@ -127,6 +130,7 @@ async fn answer(State(gateway): State<Arc<Gateway>>, request: Request) -> Respon
 async fn route(gateway: &Arc<Gateway>, request: Request) -> Result<Response, Problem> {
     let path = request.uri().path().to_owned();
     if let Some(rest) = path.strip_prefix("/v1/") {
+        of_no_other_site(request.method(), request.headers())?;
         return match rest.split_once('/') {
             None => {
                 let keyspace = open(gateway, rest).await?;
@@ -166,6 +170,18 @@ async fn route(gateway: &Arc<Gateway>, request: Request) -> Result<Response, Pro
     }
 }
 
+/// Refuses a change that another site's page asks a browser for.
+fn of_no_other_site(method: &Method, headers: &HeaderMap) -> Result<(), Problem> {
+    let text = |name| headers.get(name).map(|value: &HeaderValue| value.to_str().unwrap_or("?"));
+    let (Some(origin), host) = (text(ORIGIN), text(HOST).unwrap_or_default()) else { return Ok(()) };
+    let own = origin.split_once("://").is_some_and(|(_, rest)| rest == host);
+    if own || [Method::GET, Method::HEAD].contains(method) {
+        return Ok(());
+    }
+    let words = format!("the request comes from a page of {origin:?}: only reads may");
+    Err(Problem::new(StatusCode::FORBIDDEN, "OTHER_SITE", words))
+}
+
 fn not_allowed(allowed: &'static str) -> Problem {
     let problem = Problem::new(StatusCode::METHOD_NOT_ALLOWED, "METHOD_NOT_ALLOWED", format!("use {allowed}"));
     Problem { allowed: Some(allowed), ..problem }
@@ -195,12 +211,12 @@ async fn one(gateway: &Gateway, name: &str, key: Bytes, request: Request) -> Res
             let keyspace = open(gateway, name).await?;
             match value(&keyspace, op).await? {
                 None => Err(no_key()),
-                Some(value) if matches(&parts.headers, value.stamp) => {
+                Some(value) if !head && matches(&parts.headers, &tag(value.stamp, &value.data)) => {
                     let mut response = StatusCode::NOT_MODIFIED.into_response();
-                    response.headers_mut().insert(ETAG, tag(value.stamp));
+                    response.headers_mut().insert(ETAG, tag(value.stamp, &value.data));
                     Ok(response)
                 }
-                Some(value) => Ok(show(value, now_ms)),
+                Some(value) => Ok(show(value, now_ms, head)),
             }
         }
         Method::PUT => {
@@ -216,13 +232,13 @@ async fn one(gateway: &Gateway, name: &str, key: Bytes, request: Request) -> Res
             let bytes = receive(gateway, &parts.headers, body, MAX_VALUE).await?;
             let data = if is_number { Data::Number(parse(&bytes)?) } else { Data::Bytes(bytes) };
             let options = Options { ttl, ..Options::new() };
-            written(&keyspace, Op::put(key, data).with(options)).await
+            written(&keyspace, Op::put(key, data.clone()).with(options), Some(&data)).await
         }
         Method::DELETE => {
             query.only(&[])?;
             unconditional(&parts.headers)?;
             let keyspace = open(gateway, name).await?;
-            written(&keyspace, Op::delete(key)).await
+            written(&keyspace, Op::delete(key), None).await
         }
         Method::POST => {
             query.only(&["op"])?;
@@ -245,8 +261,8 @@ async fn one(gateway: &Gateway, name: &str, key: Bytes, request: Request) -> Res
             let mut options = Options::new().returning(Returning::After);
             options.head = matches!(merge, Merge::Append(_));
             match value(&keyspace, Op::merge(key, merge).with(options)).await? {
-                Some(value) if value.number().is_some() => Ok(show(value, now_ms)),
-                value => Ok(done(value.map(|value| value.stamp))),
+                Some(value) if value.number().is_some() => Ok(show(value, now_ms, false)),
+                _ => Ok(done(None)),
             }
         }
         _ => Err(not_allowed("GET, HEAD, PUT, DELETE, POST")),
@@ -266,24 +282,27 @@ async fn value(keyspace: &Keyspace, op: Op) -> Result<Option<Value>, Problem> {
     Ok(only(keyspace, op).await?.value())
 }
 
-async fn written(keyspace: &Keyspace, op: Op) -> Result<Response, Problem> {
+/// A change of which the value is known, if it leaves one.
+async fn written(keyspace: &Keyspace, op: Op, data: Option<&Data>) -> Result<Response, Problem> {
     Ok(done(match only(keyspace, op).await? {
-        Outcome::Written(stamp) | Outcome::Returned(stamp, _) => Some(stamp),
+        Outcome::Written(stamp) | Outcome::Returned(stamp, _) => data.map(|data| tag(stamp, data)),
         Outcome::Found(_) | Outcome::Nothing => None,
     }))
 }
 
-/// A change was made, with this stamp.
-fn done(stamp: Option<Stamp>) -> Response {
+/// A change was made; the value it left has this tag.
+fn done(tag: Option<HeaderValue>) -> Response {
     let mut response = StatusCode::NO_CONTENT.into_response();
-    if let Some(stamp) = stamp {
-        response.headers_mut().insert(ETAG, tag(stamp));
+    if let Some(tag) = tag {
+        response.headers_mut().insert(ETAG, tag);
     }
     response
 }
 
 /// A value, or its head.
-fn show(value: Value, now_ms: u64) -> Response {
+fn show(value: Value, now_ms: u64, head: bool) -> Response {
+    // Of a head the bytes are not known, and the stamp alone may stay where a merge changes them.
+    let tag = (!head || value.number().is_some()).then(|| tag(value.stamp, &value.data));
     let (kind, content_type, body, length) = match value.data {
         Data::Number(number) => {
             let text = number::show(number);
@@ -295,7 +314,9 @@ fn show(value: Value, now_ms: u64) -> Response {
     let mut response = respond(StatusCode::OK, content_type, body);
     let headers = response.headers_mut();
     headers.insert(CONTENT_LENGTH, length.into());
-    headers.insert(ETAG, tag(value.stamp));
+    if let Some(tag) = tag {
+        headers.insert(ETAG, tag);
+    }
     headers.insert(TYPE.clone(), HeaderValue::from_static(kind));
     if let Some(end) = value.expiry_ms {
         headers.insert(TTL_MS.clone(), end.saturating_sub(now_ms).into());
@@ -303,16 +324,22 @@ fn show(value: Value, now_ms: u64) -> Response {
     response
 }
 
-/// A version of a value: whoever wrote it, and when.
-fn tag(stamp: Stamp) -> HeaderValue {
+/// A version of a value: who wrote it, when, and what it is, since merges by themselves leave the stamp as it was.
+pub(crate) fn version(stamp: Stamp, data: &Data) -> String {
+    let content = match data {
+        Data::Bytes(bytes) => partition_hash(bytes),
+        Data::Number(number) => number.to_bits(),
+    };
+    format!("{:x}-{:x}-{content:x}", stamp.time, stamp.origin)
+}
+
+fn tag(stamp: Stamp, data: &Data) -> HeaderValue {
     // Of hex digits and quotes alone.
-    HeaderValue::try_from(format!("\"{:x}-{:x}\"", stamp.time, stamp.origin))
-        .unwrap_or(HeaderValue::from_static("\"\""))
+    HeaderValue::try_from(format!("\"{}\"", version(stamp, data))).unwrap_or(HeaderValue::from_static("\"\""))
 }
 
 /// Whether the caller has this version already.
-fn matches(headers: &HeaderMap, stamp: Stamp) -> bool {
-    let wanted = tag(stamp);
+fn matches(headers: &HeaderMap, wanted: &HeaderValue) -> bool {
     headers.get_all(IF_NONE_MATCH).iter().any(|given| {
         let given = given.to_str().unwrap_or_default();
         given
@@ -365,7 +392,9 @@ async fn receive(gateway: &Gateway, headers: &HeaderMap, body: Body, most: usize
     if declared.is_some_and(|length| length > most) {
         return Err(too_long());
     }
-    let Some(_room) = gateway.http.room(declared.unwrap_or(most)) else {
+    // Small ones come at once; what they hold is bounded by the requests at once.
+    let needed = declared.filter(|length| *length > SMALL).or(declared.is_none().then_some(most));
+    let Some(_room) = gateway.http.room(needed.unwrap_or(0)) else {
         let words = "the gateway has no room for so long a body now: try again, or send less at a time";
         return Err(Problem::new(StatusCode::SERVICE_UNAVAILABLE, "OVERLOADED", words));
     };
@@ -474,5 +503,31 @@ impl Query {
     fn get(&self, name: &str) -> Option<&str> {
         let value = self.0.iter().find(|(known, _)| known == name).map(|(_, value)| value)?;
         Some(std::str::from_utf8(value).unwrap_or("\u{fffd}"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_version_is_of_the_value_too() {
+        let stamp = Stamp { time: 7, origin: 3 };
+        let of = |data: Data| version(stamp, &data);
+        assert_eq!(of("a".into()), of("a".into()));
+        assert_ne!(of("a".into()), of("b".into()), "an append of a peer may leave the stamp");
+        assert_ne!(of(1.0.into()), of(2.0.into()), "an add leaves it");
+    }
+
+    #[test]
+    fn another_sites_page_changes_nothing() {
+        let headers = |origin: &str| {
+            let pairs = [(HOST, "localhost:8280"), (ORIGIN, origin)];
+            pairs.map(|(name, value)| (name, HeaderValue::from_str(value).unwrap())).into_iter().collect()
+        };
+        let refused = |method: Method, origin: &str| of_no_other_site(&method, &headers(origin)).is_err();
+        assert!(refused(Method::POST, "https://example.org") && refused(Method::DELETE, "null"));
+        assert!(!refused(Method::GET, "https://example.org") && !refused(Method::PUT, "http://localhost:8280"));
+        assert!(of_no_other_site(&Method::POST, &HeaderMap::new()).is_ok(), "what is no browser says none");
     }
 }

@@ -5,6 +5,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::Semaphore;
+use tokio::time::Instant;
 use vasto_client::v1::ListRequest;
 use vasto_client::{Client, Code, Env, Error, Keyspace};
 
@@ -15,17 +16,23 @@ const LONGEST: usize = 127;
 /// How long the operator has to say which keyspaces there are.
 const PATIENCE: Duration = Duration::from_secs(2);
 
+/// How long it is not asked again.
+const FRESH: Duration = Duration::from_secs(1);
+const ON_KUBERNETES: &str = "on Kubernetes this gateway needs --keyspace, or SELECT with a keyspace's name";
+
 pub(crate) struct Maps {
     env: Env,
     client: Client,
     default: Option<String>,
     open: Mutex<HashMap<String, Keyspace>>,
     lookups: Semaphore,
+    /// The names of all keyspaces, and when the operator told them.
+    told: Mutex<Option<(Instant, Vec<String>)>>,
 }
 
 impl Maps {
     pub(crate) fn new(env: Env, client: Client, default: Option<String>) -> Self {
-        Self { env, client, default, open: Mutex::default(), lookups: Semaphore::new(LOOKUPS) }
+        Self { env, client, default, open: Mutex::default(), lookups: Semaphore::new(LOOKUPS), told: Mutex::default() }
     }
 
     /// The keyspace of this name.
@@ -47,9 +54,14 @@ impl Maps {
             let words = format!("{:?} is no name of a keyspace", name.chars().take(64).collect::<String>());
             return Err(Error::Invalid(format!("{words}; it has letters, digits and '-', or is namespace/name")));
         }
-        let Ok(_turn) = self.lookups.try_acquire() else {
+        let Ok(Ok(_turn)) = tokio::time::timeout(PATIENCE, self.lookups.acquire()).await else {
             return Err(Error::Overloaded(format!("keyspace {name:?}: too many unknown ones are being looked up")));
         };
+        // Whoever had a turn before may have looked for the same one.
+        let known = self.kept().get(name).cloned();
+        if let Some(known) = known {
+            return Ok(known);
+        }
         // By a client that goes with the answer: one keeps for good whatever it was asked for, also what was never there.
         Client::with(self.env.clone(), self.client.operator().to_owned()).keyspace(name).await?;
         let keyspace = self.client.keyspace(name).await?;
@@ -73,14 +85,31 @@ impl Maps {
         }
     }
 
-    /// The names of all keyspaces, where the operator tells them.
+    /// The names of all keyspaces: as they were a moment ago, or when the operator last told them.
     async fn names(&self) -> Result<Vec<String>, String> {
+        let known = self.told.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        if let Some((at, names)) = &known
+            && at.elapsed() < FRESH
+        {
+            return Ok(names.clone());
+        }
+        match (self.ask().await, known) {
+            (Ok(names), _) => {
+                let told = Some((Instant::now(), names.clone()));
+                *self.told.lock().unwrap_or_else(PoisonError::into_inner) = told;
+                Ok(names)
+            }
+            (Err(_), Some((_, names))) => Ok(names),
+            (Err(words), None) => Err(words),
+        }
+    }
+
+    /// The names of all keyspaces, where the operator tells them.
+    async fn ask(&self) -> Result<Vec<String>, String> {
         let mut keyspaces = self.client.keyspaces().map_err(|error| error.to_string())?;
         match tokio::time::timeout(PATIENCE, keyspaces.list(ListRequest {})).await {
             Ok(Ok(answer)) => Ok(answer.into_inner().items.iter().filter_map(|item| name_of(&item.json)).collect()),
-            Ok(Err(status)) if status.code() == tonic::Code::Unimplemented => {
-                Err("on Kubernetes this gateway needs --keyspace, or SELECT with a keyspace's name".to_owned())
-            }
+            Ok(Err(status)) if status.code() == tonic::Code::Unimplemented => Err(ON_KUBERNETES.to_owned()),
             Ok(Err(status)) => Err(status.message().to_owned()),
             Err(_) => Err(format!("the operator at {} does not answer", self.client.operator())),
         }
@@ -93,7 +122,8 @@ impl Maps {
                 |opened| opened.map(drop).map_err(|error| error.to_string()),
             ),
             None if !self.kept().is_empty() => Ok(()),
-            None => self.names().await.map(drop),
+            // There the operator has answered, and whoever names a keyspace is served.
+            None => self.names().await.map(drop).or_else(|why| if why == ON_KUBERNETES { Ok(()) } else { Err(why) }),
         }
     }
 

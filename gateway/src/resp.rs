@@ -42,8 +42,6 @@ const FREE: usize = 16 << 10;
 const ROOM: usize = (256 << 20) / FREE;
 /// How long the rest of a request, or the taking of answers, may take.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// How long the refusal of a MULTI is held back: whoever doesn't wait for it has sent more by then.
-const HESITATION: Duration = Duration::from_millis(20);
 /// Bytes of answers that are gathered before they are sent.
 const ANSWERS: usize = 1 << 20;
 /// Bytes that are read at once.
@@ -157,9 +155,6 @@ impl<'a> Connection<'a> {
                     Err(error) => return Err(error),
                 }
             }
-            if self.parser.is_after_multi() && timeout(HESITATION, self.stream.peek(&mut [0])).await.is_err() {
-                self.parser.forget_multi();
-            }
             self.due = None;
             let begun = Instant::now();
             let (count, mut failed) = (commands.len(), 0);
@@ -188,6 +183,10 @@ impl<'a> Connection<'a> {
         let mut commands = VecDeque::new();
         while commands.len() < COMMANDS {
             match self.reader.next(&mut self.incoming) {
+                // A web page that was told to ask here: its lines are no commands.
+                Ok(Some(words)) if words.first().is_some_and(|w| [&b"POST"[..], b"Host:"].contains(&&w[..])) => {
+                    return (commands, Some(Malformed::of("this is Redis' protocol, not HTTP")));
+                }
                 Ok(Some(words)) => commands.push_back(self.parser.parse(words, now_ms)),
                 Ok(None) => break,
                 Err(error) => return (commands, Some(error)),

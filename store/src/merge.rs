@@ -302,8 +302,16 @@ pub fn apply(
         }
         Change::Expire(_) if kind == Kind::Nothing => Ok(Applied { stamp: record.greatest_stamp(), record }),
         Change::Expire(expiry_ms) => {
+            let crate::record::View { content, expiry_ms: present, .. } = record.read(context.now_ms);
+            if expiry_ms == present {
+                return Ok(Applied { stamp: record.greatest_stamp(), record });
+            }
+            // Appends through several replicas may have made more of it than one value may have.
+            if let Content::Bytes(bytes) = &content {
+                check_value(bytes.len(), context.limits)?;
+            }
             let stamp = fresh(stamps, &record)?;
-            let base = Base { stamp, expiry_ms, partition_hash, content: record.read(context.now_ms).content };
+            let base = Base { stamp, expiry_ms, partition_hash, content };
             Ok(Applied { record: join(record, base.into()), stamp })
         }
         Change::Merge(_, _) if kind == Kind::Bytes => Err(Refusal::HoldsBytes),

@@ -91,8 +91,8 @@ impl Server {
                     });
                     match placed {
                         Placed::Read(read) => work.reads.push((id, read)),
-                        Placed::Write(kind, head, write) => {
-                            work.ids.push((id, kind, head));
+                        Placed::Write(kind, write) => {
+                            work.ids.push((id, kind));
                             work.writes.push(write);
                         }
                     }
@@ -153,15 +153,14 @@ impl Server {
             let message = "the store has restarted and waits to learn the current topology";
             return Err(failure(FailureCode::NotReady, message, None));
         }
-        let write = LocalWrite { key, op, after, named_partition, returning };
-        Ok((keyspace, replica, Placed::Write(asked, head, write)))
+        let write = LocalWrite { key, op, after, named_partition, returning, head };
+        Ok((keyspace, replica, Placed::Write(asked, write)))
     }
 }
 
 enum Placed {
     Read(Read),
-    /// Whether of a value that is answered only the head is wanted.
-    Write(Kind, bool, LocalWrite),
+    Write(Kind, LocalWrite),
 }
 
 struct Read {
@@ -175,7 +174,7 @@ struct Work {
     replica: Arc<Replica>,
     reads: Vec<(u64, Read)>,
     /// Of the writes, in their order.
-    ids: Vec<(u64, Kind, bool)>,
+    ids: Vec<(u64, Kind)>,
     writes: Vec<LocalWrite>,
 }
 
@@ -206,13 +205,13 @@ impl Work {
             let results = replica.write(writes).await;
             counts.took(Part::Write, begin.elapsed());
             let answers = results.into_iter().zip(&ids);
-            let answers = answers.map(|(result, (id, _, head))| written(&keyspace, &replica, *id, result, *head));
+            let answers = answers.map(|(result, (id, _))| written(&keyspace, &replica, *id, result));
             answers.collect()
         };
         let (mut answers, more): (Vec<Answer>, Vec<Answer>) = tokio::join!(reading, writing);
         let mut tally = Tally::default();
         answers.iter().for_each(|answer| tally.add(Kind::Get, ending(answer)));
-        more.iter().zip(&ids).for_each(|(answer, (_, kind, _))| tally.add(*kind, ending(answer)));
+        more.iter().zip(&ids).for_each(|(answer, (_, kind))| tally.add(*kind, ending(answer)));
         counts.add(&tally);
         answers.extend(more);
         answers
@@ -274,11 +273,12 @@ fn to_value(view: View, head: bool) -> Option<Value> {
     Some(Value { value: Some(value), expiry_ms: view.expiry_ms, stamp: Some(view.stamp.into()), size })
 }
 
-fn written(keyspace: &Keyspace, replica: &Replica, id: u64, result: Result<Taken, Refused>, head: bool) -> Answer {
+fn written(keyspace: &Keyspace, replica: &Replica, id: u64, result: Result<Taken, Refused>) -> Answer {
     match result {
-        Ok(Taken { stamp, view }) => {
-            let head = head || matches!(&view, Some(View { content: Content::Bytes(b), .. }) if b.len() > VALUE_BYTES);
+        Ok(Taken { stamp, view, left_out }) => {
+            let head = matches!(&view, Some(View { content: Content::Bytes(b), .. }) if b.len() > VALUE_BYTES);
             let value = view.and_then(|view| to_value(view, head));
+            let value = value.map(|value| Value { size: left_out.or(value.size), ..value });
             let written = Written { stamp: Some(stamp.into()), replica: replica.id, value };
             Answer { id, result: Some(answer::Result::Written(written)) }
         }

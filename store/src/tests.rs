@@ -89,6 +89,7 @@ fn write(key: &str, change: Change) -> LocalWrite {
         after: None,
         named_partition: false,
         returning: Returning::Nothing,
+        head: false,
     }
 }
 

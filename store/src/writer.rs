@@ -16,7 +16,7 @@ use crate::engine::{Batch, Engine};
 use crate::join::join;
 use crate::merge::{self, Limits, LocalOp};
 use crate::meta::Fence;
-use crate::record::{Record, Stamp, View};
+use crate::record::{Content, Record, Stamp, View};
 use crate::replica::Progress;
 
 /// A batch is written when it holds this many bytes, however much more waits.
@@ -37,6 +37,8 @@ pub struct LocalWrite {
     pub named_partition: bool,
     /// What the answer tells of the key.
     pub returning: Returning,
+    /// Of that without its bytes.
+    pub head: bool,
 }
 
 /// A write that was done.
@@ -46,6 +48,8 @@ pub struct Taken {
     pub stamp: Stamp,
     /// What the key held before or holds after it, if that was asked for.
     pub view: Option<View>,
+    /// How many bytes were left out of that, where only its head was asked for.
+    pub left_out: Option<u64>,
 }
 
 /// Why a write was not done.
@@ -429,7 +433,12 @@ impl Writer {
         if before != applied.record {
             self.put(write.key, applied.record, 0, batch, overlay);
         }
-        Ok(Taken { stamp: applied.stamp, view })
+        let (mut view, mut left_out) = (view, None);
+        if let (true, Some(View { content: Content::Bytes(bytes), .. })) = (write.head, &mut view) {
+            left_out = Some(bytes.len() as u64);
+            *bytes = Bytes::new();
+        }
+        Ok(Taken { stamp: applied.stamp, view, left_out })
     }
 
     fn peer(

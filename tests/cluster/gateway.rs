@@ -97,6 +97,7 @@ async fn the_hostile_get_an_error_and_others_are_served_on() {
         ("*1\r\n$2000000000\r\n", "-ERR Protocol error: invalid bulk length\r\n"),
         ("*2\r\n$3\r\nGET\r\n:1\r\n", "-ERR Protocol error: expected '$', got ':'\r\n"),
         ("GET \"a\r\n", "-ERR Protocol error: unbalanced quotes in request\r\n"),
+        ("POST / HTTP/1.1\r\nHost: x\r\n\r\nSET a 1\r\n", "-ERR Protocol error: this is Redis' protocol, not HTTP\r\n"),
         ("PING\r\n*x\r\n", "+PONG\r\n-ERR Protocol error: invalid multibulk length\r\n"),
     ] {
         let mut stream = connect(&gateway.redis);

@@ -128,7 +128,8 @@ fn up(file: &Path, data: &Path, more: &[&str]) -> (Child, String) {
     let args = ["up", "-f", &file, "--data", &data, "--listen", "127.0.0.1:0", "--log", "warn"];
     // Tests run beside one another, and beside whatever this machine has on the usual ports.
     let alone = ["--redis", "off", "--http", "off", "--grpc", "off", "--console", "off"];
-    let mut child = command(&[&args, &alone[..], more].concat()).stdin(Stdio::null()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut child =
+        command(&[&args, &alone[..], more].concat()).stdin(Stdio::null()).stdout(Stdio::piped()).spawn().unwrap();
     let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
     let first = lines.next().unwrap().unwrap();
     let operator = first.split("listens on ").nth(1).unwrap().split(',').next().unwrap().to_string();

@@ -32,6 +32,8 @@ const REQUESTS: usize = 1_024;
 /// All bodies that have not come whole share this many bytes, in units.
 const ROOM: usize = (256 << 20) / UNIT;
 const UNIT: usize = 64 << 10;
+/// Bytes of a request's head, and of what is read at once.
+const HEAD: usize = 128 << 10;
 /// How long the head of a request may take, and a client that doesn't take its answer.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -95,6 +97,7 @@ pub(crate) async fn serve(gateway: Arc<Gateway>, listener: TcpListener, stop: Ca
             let connection = http1::Builder::new()
                 .timer(TokioTimer::new())
                 .header_read_timeout(PATIENCE)
+                .max_buf_size(HEAD)
                 .serve_connection(TokioIo::new(Box::pin(stream)), TowerToHyperService::new(routes));
             let mut connection = std::pin::pin!(connection);
             let ended = tokio::select! {
@@ -117,6 +120,10 @@ pub(crate) async fn serve(gateway: Arc<Gateway>, listener: TcpListener, stop: Ca
 
 /// Refuses at once what there is no room for; a request has its place until its answer has been taken.
 async fn bounded(State(gateway): State<Arc<Gateway>>, request: Request, next: Next) -> Response {
+    // Whoever looks after the gateway is not held up by those it serves.
+    if ["/livez", "/healthz", "/readyz", "/metrics"].contains(&request.uri().path()) {
+        return next.run(request).await;
+    }
     let Ok(place) = gateway.http.requests.clone().try_acquire_owned() else {
         let words = format!("{REQUESTS} requests are being worked on: try again");
         return Problem::new(StatusCode::SERVICE_UNAVAILABLE, "OVERLOADED", words).into_response();

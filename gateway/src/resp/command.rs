@@ -16,6 +16,8 @@ use crate::number;
 const EXACT: u64 = 1 << 53;
 /// The most keys that one SCAN looks at.
 const MAX_COUNT: u64 = 10_000;
+/// The longest pattern: each key is held against all of it.
+const MAX_PATTERN: usize = 4 << 10;
 const NOT_AN_INTEGER: &str = "value is not an integer or out of range";
 const SYNTAX: &str = "syntax error";
 
@@ -99,44 +101,49 @@ pub(super) struct Scan {
 /// Reads the commands of one connection.
 #[derive(Debug, Default)]
 pub(super) struct Parser {
-    /// A transaction was refused; what belongs to it is still to come.
-    refused: bool,
-    /// Nothing of that has come yet.
-    fresh: bool,
+    /// The commands since a MULTI, of which none is done.
+    transaction: Option<usize>,
 }
 
 impl Parser {
     /// Reads a command; `Err`: it is answered so.
+    ///
+    /// A transaction is begun as clients expect it, and then each command in it is refused: clients send them without
+    /// waiting for the answer to MULTI, so that a refusal of that alone would have the others done.
     pub(super) fn parse(&mut self, words: Words, now_ms: u64) -> Result<Command, Reply> {
         let name = words.first().map(|name| name.to_ascii_uppercase()).unwrap_or_default();
-        let inside = std::mem::replace(&mut self.refused, false);
-        self.fresh = false;
-        match name.as_slice() {
-            b"EXEC" if inside => {
-                Err(Reply::Error("EXECABORT Transaction discarded: MULTI is not served, and nothing was done".into()))
+        match (name.as_slice(), self.transaction.take(), words.len()) {
+            (b"QUIT" | b"RESET", _, _) => parse(words, now_ms),
+            (b"MULTI", None, 1) => {
+                self.transaction = Some(0);
+                Err(Reply::OK)
             }
-            b"DISCARD" if inside => Err(Reply::OK),
-            b"QUIT" | b"RESET" => parse(words, now_ms),
-            _ if inside => {
-                self.refused = true;
-                Err(Reply::error("not done: MULTI, which is not served, was before it; EXEC or DISCARD ends that"))
+            (b"EXEC", Some(0), 1) => Err(Reply::Array(Vec::new())),
+            (b"EXEC", Some(_), 1) => {
+                let words = "EXECABORT Transaction discarded because of previous errors: transactions are not served";
+                Err(Reply::Error(words.into()))
             }
-            name => {
-                self.refused = name == b"MULTI";
-                self.fresh = self.refused;
-                parse(words, now_ms)
+            (b"DISCARD", Some(_), 1) => Err(Reply::OK),
+            (b"EXEC" | b"DISCARD", None, 1) => {
+                Err(Reply::error(format!("{} without MULTI", String::from_utf8_lossy(&name))))
             }
+            (b"MULTI" | b"EXEC" | b"DISCARD", inside, _) => {
+                self.transaction = inside;
+                let name = String::from_utf8_lossy(&name).to_ascii_lowercase();
+                Err(match (inside, words.len()) {
+                    (Some(_), 1) => Reply::error("MULTI calls can not be nested"),
+                    _ => Reply::error(format!("wrong number of arguments for '{name}' command")),
+                })
+            }
+            (_, Some(before), _) => {
+                self.transaction = Some(before + 1);
+                Err(Reply::error(
+                    "transactions are not served: keys live on different stores, and each write counts by itself; \
+                     EXEC or DISCARD ends this one, of which nothing is done",
+                ))
+            }
+            (_, None, _) => parse(words, now_ms),
         }
-    }
-
-    /// Whether the last that came was a MULTI, so that it is not known whether the client waits for the answer to it.
-    pub(super) fn is_after_multi(&self) -> bool {
-        self.fresh
-    }
-
-    /// The client waits for the answer: what it sends when it has that belongs to no transaction.
-    pub(super) fn forget_multi(&mut self) {
-        (self.refused, self.fresh) = (false, false);
     }
 }
 
@@ -385,6 +392,9 @@ fn scan(rest: &[Bytes]) -> Result<Scan, Reply> {
     for pair in rest[1..].chunks(2) {
         let [word, value] = pair else { return Err(Reply::error(SYNTAX)) };
         match word.to_ascii_uppercase().as_slice() {
+            b"MATCH" if value.len() > MAX_PATTERN => {
+                return Err(Reply::error(format!("the pattern has more than {MAX_PATTERN} bytes")));
+            }
             b"MATCH" => scan.pattern = Some(value.clone()),
             b"COUNT" => {
                 let count = integer(value)?;
@@ -517,7 +527,13 @@ pub(super) fn refused(error: &Error) -> Reply {
 }
 
 fn bulk(value: Option<Value>) -> Reply {
-    value.map_or(Reply::Null, |value| Reply::Bulk(number::bytes(value.data)))
+    match value {
+        None => Reply::Null,
+        Some(Value { data: Data::Bytes(bytes), size, .. }) if bytes.len() as u64 != size => Reply::error(format!(
+            "the key held {size} bytes, by appends through several stores, which is more than one answer has"
+        )),
+        Some(value) => Reply::Bulk(number::bytes(value.data)),
+    }
 }
 
 /// Bytes of a value as it is shown.
@@ -655,7 +671,7 @@ mod tests {
             ("expire k 1 SOON", "Unsupported option SOON"),
             ("expire k 9223372036854775", "invalid expire time in 'expire' command"),
             ("lpush k v", "unknown command 'lpush'"),
-            ("multi", "no transactions"),
+            ("watch k", "no transactions"),
             ("keys *", "use SCAN"),
             ("scan x", "invalid cursor"),
             ("scan 0 COUNT 0", SYNTAX),
@@ -671,30 +687,28 @@ mod tests {
     }
 
     #[test]
-    fn nothing_of_a_refused_transaction_is_done() {
+    fn nothing_of_a_transaction_is_done() {
         let mut parser = Parser::default();
         let mut say = |line: &str| {
             let words = line.split(' ').map(|word| Bytes::copy_from_slice(word.as_bytes())).collect();
             match parser.parse(words, NOW) {
                 Ok(_) => "done".to_owned(),
                 Err(Reply::Error(words)) => words,
+                Err(Reply::Simple(words)) => words.to_owned(),
                 Err(reply) => format!("{reply:?}"),
             }
         };
-        for end in ["EXEC", "discard", "RESET"] {
-            assert!(say("multi").contains("no transactions"));
-            assert!(say("SET a 1").contains("not done"));
-            assert!(say("multi").contains("not done"));
-            assert!(say("INCR a").contains("not done"));
-            let said = say(end);
-            assert!(said.contains("EXECABORT") == (end == "EXEC"), "{end}: {said}");
+        for (end, answer) in [("EXEC", "EXECABORT"), ("discard", "OK"), ("RESET", "done")] {
+            assert_eq!(say("multi"), "OK");
+            assert!(say("SET a 1").contains("transactions are not served"));
+            assert!(say("multi").contains("nested"));
+            assert!(say("exec now").contains("wrong number"));
+            assert!(say("INCR a").contains("transactions are not served"));
+            assert!(say(end).starts_with(answer), "{end}");
             assert_eq!(say("SET a 1"), "done", "after {end}");
         }
-        assert!(say("EXEC").contains("no transactions"));
-        assert!(say("multi").contains("no transactions"));
-        assert!(parser.is_after_multi());
-        parser.forget_multi();
-        assert!(parser.parse(vec!["GET".into(), "a".into()], NOW).is_ok(), "who waited for the answer goes on");
+        assert!(say("EXEC").contains("EXEC without MULTI"));
+        assert_eq!((say("MULTI"), say("EXEC")), ("OK".to_owned(), "Array([])".to_owned()));
     }
 
     #[test]

@@ -24,6 +24,12 @@ pub(super) type Words = Vec<Bytes>;
 #[error("Protocol error: {0}")]
 pub(super) struct Malformed(String);
 
+impl Malformed {
+    pub(super) fn of(why: &str) -> Self {
+        Self(why.to_owned())
+    }
+}
+
 fn malformed<T>(why: impl Into<String>) -> Result<T, Malformed> {
     Err(Malformed(why.into()))
 }

@@ -337,7 +337,8 @@ impl<'a> Session<'a> {
         if !is_name(name) {
             return Reply::error("Client names cannot contain spaces, newlines or special characters.");
         }
-        self.name = name.clone();
+        // Not a part of all that was read with it.
+        self.name = Bytes::copy_from_slice(name);
         Reply::OK
     }
 
@@ -353,8 +354,8 @@ impl<'a> Session<'a> {
                     return Reply::error("lib-name and lib-ver have up to 256 bytes, without spaces or newlines");
                 }
                 match what.to_ascii_uppercase().as_slice() {
-                    b"LIB-NAME" => self.library.0 = value.clone(),
-                    b"LIB-VER" => self.library.1 = value.clone(),
+                    b"LIB-NAME" => self.library.0 = Bytes::copy_from_slice(value),
+                    b"LIB-VER" => self.library.1 = Bytes::copy_from_slice(value),
                     _ => return Reply::error(format!("Unrecognized option '{}'", what.escape_ascii())),
                 }
                 Reply::OK
@@ -447,6 +448,9 @@ fn commands(words: &[Bytes]) -> Reply {
     let Some((verb, names)) = words.split_first() else {
         return Reply::Array(table::TABLE.iter().map(table::Entry::info).collect());
     };
+    if names.len() > table::TABLE.len() {
+        return Reply::error("COMMAND: more names than there are commands");
+    }
     match verb.to_ascii_uppercase().as_slice() {
         b"COUNT" if names.is_empty() => Reply::Integer(table::TABLE.len() as i64),
         b"COUNT" => wrong_number("command|count"),

@@ -133,7 +133,7 @@ pub(super) fn refusal(name: &[u8]) -> Option<&'static str> {
             "two clients could both be told that they were first, on different replicas: \
              an eventually consistent store can't promise NX"
         }
-        b"MULTI" | b"EXEC" | b"DISCARD" | b"WATCH" | b"UNWATCH" => {
+        b"WATCH" | b"UNWATCH" => {
             "there are no transactions: keys live on different stores, and each write counts by itself"
         }
         b"EVAL" | b"EVALSHA" | b"EVAL_RO" | b"EVALSHA_RO" | b"SCRIPT" | b"FUNCTION" | b"FCALL" | b"FCALL_RO" => {

@@ -182,6 +182,16 @@ fn an_expiry_is_given_to_what_is_there_merges_included_and_taken_away_again() {
 }
 
 #[test]
+fn an_expiry_that_is_there_already_changes_nothing() {
+    let mut replica = Replica::new(1);
+    replica.write(5, until(9, text("a"))).unwrap();
+    let before = replica.record().clone();
+    assert_eq!(replica.write(6, Change::Expire(9)), Ok(before.greatest_stamp()));
+    assert_eq!(replica.record(), &before);
+    assert!(replica.write(6, Change::Expire(0)).unwrap() > before.greatest_stamp());
+}
+
+#[test]
 fn nothing_is_made_of_a_key_that_holds_nothing_by_giving_it_an_expiry() {
     let mut replica = Replica::new(1);
     replica.write(5, until(7, text("a"))).unwrap();

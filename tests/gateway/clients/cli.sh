@@ -167,7 +167,8 @@ errors() {
     refused "invalid expire time" SETEX "$t" -1 x
     refused "not served" SET "$t" x NX
     refused "not served" SETNX "$t" x
-    refused "not served" MULTI
+    refused "without MULTI" EXEC
+    refused "not served" WATCH "$t"
     refused "not served" EVAL "return 1" 0
     refused "use SCAN" KEYS '*'
     refused "operator" FLUSHALL

@@ -173,7 +173,10 @@ async function checks(protocol) {
   await refused("an unknown command", "unknown command", redis.call("FROBNICATE", "x"));
   await refused("lpush", "unknown command", redis.lpush(k("list"), "x"));
   await refused("get without a key", "wrong number of arguments", redis.call("GET"));
-  await refused("a transaction", "not served", redis.multi({ pipeline: false }));
+  await refused("a transaction", "execabort", redis.multi().set(k("text"), "other").exec());
+  await same("multi", redis.multi({ pipeline: false }), "OK");
+  await refused("a command of a transaction", "not served", redis.set(k("text"), "other"));
+  await same("discard", redis.discard(), "OK");
   await refused("select of what is not there", "", redis.select("nowhere"));
   await refused("an empty key", "", redis.set("", "x"));
   await becomes("as before", () => redis.get(k("text")), "text");
