@@ -81,6 +81,11 @@ pub(crate) fn next<'a>(stores: &StatefulSet, pods: &[&'a Pod], safe: Result<(), 
     if let Some(dead) = outdated.iter().find(|pod| !running(pod)) {
         return Roll::Next(dead);
     }
+    // One that was just restarted may be gone from here before its store's end has been heard of.
+    let all = stores.spec.replicas.and_then(|n| usize::try_from(n).ok()).unwrap_or_default();
+    if pods.len() < all {
+        return Roll::Wait(format!("{} of {all} pods are there", pods.len()));
+    }
     if let Some(unready) = pods.iter().find(|p| revision(p) == Some(wanted) && !ready(p)) {
         return Roll::Wait(format!("{} is not ready yet", unready.name_any()));
     }
@@ -110,6 +115,7 @@ mod tests {
     fn stores(observed: i64) -> StatefulSet {
         serde_json::from_value(json!({
             "metadata": {"generation": 2},
+            "spec": {"replicas": 3, "selector": {}, "serviceName": "a-store", "template": {}},
             "status": {"replicas": 3, "observedGeneration": observed, "updateRevision": "new"},
         }))
         .unwrap()
@@ -131,6 +137,7 @@ mod tests {
         let done = pod("a-store-10", "new", true, true);
         assert_eq!(next(&stores(2), &[&a, &b, &done], Ok(())), Roll::Next(&b));
         assert_eq!(next(&stores(2), &[&done], Ok(())), Roll::Done);
+        assert_eq!(next(&stores(2), &[&a, &b], Ok(())), Roll::Wait("2 of 3 pods are there".to_owned()));
         let mut stopping = a.clone();
         stopping.metadata.deletion_timestamp = Some(vasto_crds::time(0));
         assert!(matches!(next(&stores(2), &[&stopping, &b, &done], Ok(())), Roll::Wait(_)));
