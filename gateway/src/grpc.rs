@@ -13,13 +13,13 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 use tokio_io_timeout::TimeoutStream;
-use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::server::Connected;
 use tonic::{Request, Response, Status};
 use vasto_client::{Code, Data, Entry, Error, Keyspace, Merge, Op, Options, Outcome, Returning, ScanOptions, Value};
 
 use crate::Gateway;
+use crate::door::{Door, Place};
 use crate::http::version;
 use crate::metrics::Protocol;
 use v1::kv_server::{Kv, KvServer};
@@ -38,8 +38,6 @@ const MAX_MESSAGE: usize = 16 << 20;
 const MARGIN: usize = 4 << 20;
 /// Bytes around each answer of a batch, at most.
 const FRAME: usize = 8;
-/// Connections at once.
-const CONNECTIONS: usize = 20_000;
 /// Requests at once on one of them.
 const STREAMS: u32 = 64;
 /// How long a client may not take what is sent to it.
@@ -85,45 +83,21 @@ pub(crate) async fn serve(gateway: Arc<Gateway>, listener: TcpListener, stop: Ca
     }
 }
 
-/// Those that there is room for.
+/// Those that there is room for. The others hear nothing: their protocol has no word for it yet.
 fn connections(gateway: Arc<Gateway>, listener: TcpListener) -> impl Stream<Item = io::Result<Connection>> {
-    let room = Arc::new(Semaphore::new(CONNECTIONS));
-    TcpListenerStream::new(listener).filter_map(move |accepted| {
-        let (gateway, room) = (gateway.clone(), room.clone());
-        async move {
-            let stream = match accepted {
-                Ok(stream) => stream,
-                Err(error) => {
-                    tracing::warn!(%error, "a connection was not accepted");
-                    tokio::time::sleep(Duration::from_millis(100)).await;
-                    return None;
-                }
-            };
-            let traffic = gateway.counts.of(Protocol::Grpc);
-            let Ok(place) = room.try_acquire_owned() else {
-                traffic.turned_away.inc();
-                return None;
-            };
-            let _ = stream.set_nodelay(true);
-            let mut stream = TimeoutStream::new(stream);
-            stream.set_write_timeout(Some(PATIENCE));
-            traffic.connections.inc();
-            Some(Ok(Connection { stream: Box::pin(stream), gateway, _place: place }))
-        }
+    let door = Door::new(Protocol::Grpc);
+    futures::stream::unfold((gateway, door, listener), |(gateway, door, listener)| async {
+        let (stream, place) = door.next(&gateway, &listener, b"").await;
+        let mut stream = TimeoutStream::new(stream);
+        stream.set_write_timeout(Some(PATIENCE));
+        Some((Ok(Connection { stream: Box::pin(stream), _place: place }), (gateway, door, listener)))
     })
 }
 
 /// A connection, counted until it ends.
 struct Connection {
     stream: Pin<Box<TimeoutStream<TcpStream>>>,
-    gateway: Arc<Gateway>,
-    _place: OwnedSemaphorePermit,
-}
-
-impl Drop for Connection {
-    fn drop(&mut self) {
-        self.gateway.counts.of(Protocol::Grpc).connections.dec();
-    }
+    _place: Place,
 }
 
 impl Connected for Connection {

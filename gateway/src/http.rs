@@ -36,8 +36,6 @@ const MAX_BATCH: usize = 16 << 20;
 const MAX_ANSWER: usize = 64 << 20;
 /// Bytes of lines that are sent together.
 const LINES: usize = 64 << 10;
-/// Bodies up to this many bytes need no room.
-const SMALL: usize = 64 << 10;
 /// How long a body may take to come.
 const PATIENCE: Duration = Duration::from_secs(60);
 const TEXT: &str = "text/plain; charset=utf-8";
@@ -392,8 +390,8 @@ async fn receive(gateway: &Gateway, headers: &HeaderMap, body: Body, most: usize
     if declared.is_some_and(|length| length > most) {
         return Err(too_long());
     }
-    // Small ones come at once; what they hold is bounded by the requests at once.
-    let needed = declared.filter(|length| *length > SMALL).or(declared.is_none().then_some(most));
+    // Those of one unit come at once; what they hold is bounded by the requests at once.
+    let needed = declared.filter(|length| *length > server::UNIT).or(declared.is_none().then_some(most));
     let Some(_room) = gateway.http.room(needed.unwrap_or(0)) else {
         let words = "the gateway has no room for so long a body now: try again, or send less at a time";
         return Err(Problem::new(StatusCode::SERVICE_UNAVAILABLE, "OVERLOADED", words));

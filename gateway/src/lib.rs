@@ -2,6 +2,7 @@
 //! library and nothing else. Any number of them may run, beside a store or on a machine of their own.
 
 mod batch;
+mod door;
 mod grpc;
 mod http;
 mod maps;

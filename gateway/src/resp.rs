@@ -28,14 +28,13 @@ use tokio_util::task::TaskTracker;
 use vasto_client::Env;
 
 use crate::Gateway;
+use crate::door::Door;
 use crate::metrics::Protocol;
 use command::{Command, Parser};
 use reply::Reply;
 use request::{Malformed, Reader};
 use session::Session;
 
-/// Connections at once.
-const CONNECTIONS: usize = 20_000;
 /// Bytes of a request that each connection may hold before it has come whole.
 const FREE: usize = 16 << 10;
 /// Beyond that all connections share this many, in units of `FREE`.
@@ -52,7 +51,7 @@ const COMMANDS: usize = 1024;
 /// What all connections share.
 pub(crate) struct Shared {
     cursors: Mutex<cursors::Cursors>,
-    connections: Arc<Semaphore>,
+    door: Door,
     room: Arc<Semaphore>,
     last_id: AtomicU64,
     started_ms: u64,
@@ -62,7 +61,7 @@ impl Shared {
     pub(crate) fn new(env: &Env) -> Self {
         Self {
             cursors: Mutex::default(),
-            connections: Arc::new(Semaphore::new(CONNECTIONS)),
+            door: Door::new(Protocol::Redis),
             room: Arc::new(Semaphore::new(ROOM)),
             last_id: AtomicU64::new(0),
             started_ms: env.now_ms(),
@@ -74,38 +73,19 @@ impl Shared {
 pub(crate) async fn serve(gateway: Arc<Gateway>, listener: TcpListener, stop: CancellationToken) {
     let tasks = TaskTracker::new();
     loop {
-        let accepted = tokio::select! {
-            accepted = listener.accept() => accepted,
+        let (stream, place) = tokio::select! {
+            next = gateway.redis.door.next(&gateway, &listener, b"-ERR max number of clients reached\r\n") => next,
             () = stop.cancelled() => break,
         };
-        let stream = match accepted {
-            Ok((stream, _)) => stream,
-            Err(error) => {
-                // Such as too many open files: others end meanwhile.
-                tracing::warn!(%error, "a connection was not accepted");
-                tokio::time::sleep(Duration::from_millis(100)).await;
-                continue;
-            }
-        };
-        let Ok(place) = gateway.redis.connections.clone().try_acquire_owned() else {
-            gateway.counts.of(Protocol::Redis).turned_away.inc();
-            // It fits into the socket's own buffer, or is not worth a wait.
-            let _ = stream.try_write(b"-ERR max number of clients reached\r\n");
-            continue;
-        };
-        let _ = stream.set_nodelay(true);
         let (gateway, stop) = (gateway.clone(), stop.clone());
         tasks.spawn(async move {
-            let traffic = gateway.counts.of(Protocol::Redis);
-            traffic.connections.inc();
+            let _place = place;
             let id = gateway.redis.last_id.fetch_add(1, Ordering::Relaxed) + 1;
             let mut connection = Connection::new(&gateway, stream, id);
             let ended = connection.run(&stop).await;
             if let Err(error) = ended {
                 tracing::debug!(connection = id, %error, "a connection ended");
             }
-            traffic.connections.dec();
-            drop(place);
         });
     }
     tasks.close();

@@ -23,15 +23,14 @@ use tokio_util::task::TaskTracker;
 
 use super::{Problem, answer};
 use crate::Gateway;
+use crate::door::Door;
 use crate::metrics::Protocol;
 
-/// Connections at once.
-const CONNECTIONS: usize = 20_000;
 /// Requests at once, whose answers have not been taken whole.
 const REQUESTS: usize = 1_024;
 /// All bodies that have not come whole share this many bytes, in units.
 const ROOM: usize = (256 << 20) / UNIT;
-const UNIT: usize = 64 << 10;
+pub(super) const UNIT: usize = 64 << 10;
 /// Bytes of a request's head, and of what is read at once.
 const HEAD: usize = 128 << 10;
 /// How long the head of a request may take, and a client that doesn't take its answer.
@@ -39,7 +38,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 /// What all connections share.
 pub(crate) struct Shared {
-    connections: Arc<Semaphore>,
+    door: Door,
     requests: Arc<Semaphore>,
     room: Arc<Semaphore>,
 }
@@ -47,7 +46,7 @@ pub(crate) struct Shared {
 impl Shared {
     pub(crate) fn new() -> Self {
         Self {
-            connections: Arc::new(Semaphore::new(CONNECTIONS)),
+            door: Door::new(Protocol::Http),
             requests: Arc::new(Semaphore::new(REQUESTS)),
             room: Arc::new(Semaphore::new(ROOM)),
         }
@@ -68,32 +67,16 @@ pub(crate) async fn serve(gateway: Arc<Gateway>, listener: TcpListener, stop: Ca
         .with_state(gateway.clone());
     let tasks = TaskTracker::new();
     loop {
-        let accepted = tokio::select! {
-            accepted = listener.accept() => accepted,
+        let full = b"HTTP/1.1 503 Service Unavailable\r\nconnection: close\r\ncontent-length: 0\r\n\r\n";
+        let (stream, place) = tokio::select! {
+            next = gateway.http.door.next(&gateway, &listener, full) => next,
             () = stop.cancelled() => break,
         };
-        let stream = match accepted {
-            Ok((stream, _)) => stream,
-            Err(error) => {
-                tracing::warn!(%error, "a connection was not accepted");
-                tokio::time::sleep(Duration::from_millis(100)).await;
-                continue;
-            }
-        };
-        let traffic = gateway.counts.of(Protocol::Http);
-        let Ok(place) = gateway.http.connections.clone().try_acquire_owned() else {
-            traffic.turned_away.inc();
-            let _ =
-                stream.try_write(b"HTTP/1.1 503 Service Unavailable\r\nconnection: close\r\ncontent-length: 0\r\n\r\n");
-            continue;
-        };
-        let _ = stream.set_nodelay(true);
         let mut stream = TimeoutStream::new(stream);
         stream.set_write_timeout(Some(PATIENCE));
-        let (routes, gateway, stop) = (routes.clone(), gateway.clone(), stop.clone());
+        let (routes, stop) = (routes.clone(), stop.clone());
         tasks.spawn(async move {
-            let traffic = gateway.counts.of(Protocol::Http);
-            traffic.connections.inc();
+            let _place = place;
             let connection = http1::Builder::new()
                 .timer(TokioTimer::new())
                 .header_read_timeout(PATIENCE)
@@ -110,8 +93,6 @@ pub(crate) async fn serve(gateway: Arc<Gateway>, listener: TcpListener, stop: Ca
             if let Err(error) = ended {
                 tracing::debug!(%error, "a connection ended");
             }
-            traffic.connections.dec();
-            drop(place);
         });
     }
     tasks.close();

@@ -10,12 +10,12 @@ use std::time::Duration;
 use bytes::{Bytes, BytesMut};
 use vasto_client::{Error, Keyspace, Op, Outcome, ScanOptions};
 
-use super::CONNECTIONS;
 use super::command::{Command, Scan, Shape, Touch, refused};
 use super::pattern;
 use super::reply::{Reply, Version};
 use super::request::Words;
 use super::table;
+use crate::door::CONNECTIONS;
 use crate::metrics::Protocol;
 use crate::{Gateway, batch};
 
@@ -396,7 +396,7 @@ impl<'a> Session<'a> {
                 .any(|s| [&b"all"[..], b"default", b"everything"].contains(&s.to_ascii_lowercase().as_slice()));
         let traffic = self.gateway.counts.of(Protocol::Redis);
         let uptime = self.gateway.env.now_ms().saturating_sub(self.gateway.redis.started_ms) / 1000;
-        let connected = CONNECTIONS - self.gateway.redis.connections.available_permits();
+        let connected = traffic.connections.get();
         let accepted = self.gateway.redis.last_id.load(Ordering::Relaxed);
         let parts: [(&str, String); 6] = [
             (
