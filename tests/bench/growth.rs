@@ -1,0 +1,76 @@
+//! What an operation costs as there is more data, and as there are more shards on one machine. Vasto alone.
+
+use crate::Bench;
+use crate::compare::{KEYS, VALUE};
+use crate::load::{Load, Work};
+use crate::process::{cpu_of, peak_memory_of};
+use crate::report::Measured;
+use crate::sample::Sample;
+use crate::vasto::{Setup, Vasto};
+
+/// A store's block cache; there is no flag for another one, so the data is what grows.
+const CACHE: u64 = 64 << 20;
+/// Bytes of a value while data grows.
+const ROW: usize = 1000;
+/// Data in parts of the cache. 100 times the cache would be 6.4 GB, too much for a run of minutes.
+const TENTHS: [u64; 3] = [1, 10, 100];
+const SHARDS: [u32; 4] = [1, 4, 16, 64];
+
+/// Runs a load and adds what it cost the server.
+pub fn measure(vasto: &Vasto, load: &Load) -> anyhow::Result<Sample> {
+    let pid = vasto.process.pid();
+    let before = cpu_of(pid)?;
+    let mut sample = vasto.run(load)?;
+    sample.server_cpu = Some((cpu_of(pid)?.saturating_sub(before)).as_secs_f64());
+    sample.memory = Some(peak_memory_of(pid)?);
+    Ok(sample)
+}
+
+/// Measures both ways of growing. The first row of each kind of work is what the others are told relative to.
+pub fn run(bench: &Bench) -> anyhow::Result<Vec<Measured>> {
+    let mut all: Vec<Measured> = Vec::new();
+    for tenths in TENTHS {
+        let keys = CACHE * tenths / 10 / (ROW as u64 + 16);
+        let vasto = Vasto::start(&bench.folder, &format!("growth-{tenths}"), Setup::ONE)?;
+        vasto.run(&vasto.load(Work::Fill, keys, ROW))?;
+        vasto.command(&["keyspace", "compact", crate::vasto::KEYSPACE], std::time::Duration::from_secs(300))?;
+        for work in [Work::Get, Work::Put] {
+            let name = format!("data {:>4} × block cache: {}", tenths as f64 / 10.0, work.name());
+            let load = Load { seconds: bench.seconds, ..vasto.load(work, keys, ROW) };
+            let samples = (0..bench.rounds.min(3)).map(|_| measure(&vasto, &load)).collect::<anyhow::Result<_>>()?;
+            push(bench, &mut all, name, samples, if work == Work::Get { "data get" } else { "data put" });
+        }
+        vasto.process.stop();
+        std::fs::remove_dir_all(bench.folder.join(format!("growth-{tenths}")))?;
+    }
+    for shards in SHARDS {
+        let setup = Setup { shards, ..Setup::ONE };
+        let vasto = Vasto::start(&bench.folder, &format!("shards-{shards}"), setup)?;
+        vasto.run(&vasto.load(Work::Fill, KEYS, VALUE))?;
+        for (work, callers, batch) in [(Work::Get, 16, 1), (Work::Put, 16, 1), (Work::Get, 4, 100), (Work::Put, 4, 100)]
+        {
+            let times = if batch > 1 { format!(" × {batch}") } else { String::new() };
+            let name = format!("{shards:>2} shards: {}, {callers} callers{times}", work.name());
+            let load = Load { seconds: bench.seconds, callers, batch, ..vasto.load(work, KEYS, VALUE) };
+            let samples = (0..bench.rounds.min(3)).map(|_| measure(&vasto, &load)).collect::<anyhow::Result<_>>()?;
+            let kind = match (work, batch) {
+                (Work::Get, 1) => "shards get",
+                (Work::Get, _) => "shards get batch",
+                (_, 1) => "shards put",
+                _ => "shards put batch",
+            };
+            push(bench, &mut all, name, samples, kind);
+        }
+        vasto.process.stop();
+    }
+    Ok(all)
+}
+
+fn push(bench: &Bench, all: &mut Vec<Measured>, name: String, samples: Vec<Sample>, kind: &'static str) {
+    let mut measured = Measured::new(name, samples);
+    measured.kind = kind;
+    let first = all.iter().find(|other| other.kind == kind).map_or(measured.rate(), Measured::rate);
+    measured.relative = Some(measured.rate() / first);
+    bench.say(&format!("{}: {}/s", measured.name, crate::report::count(measured.rate())));
+    all.push(measured);
+}
