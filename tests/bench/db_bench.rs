@@ -1,4 +1,5 @@
-//! db_bench, RocksDB's own benchmark, as Debian's rocksdb-tools has it.
+//! db_bench, RocksDB's own benchmark, as Debian's rocksdb-tools has it: built with assertions (it says so itself), so
+//! it is slower than RocksDB is. The embedded loop is the stricter peer.
 
 use std::path::Path;
 use std::process::Command;
@@ -12,27 +13,45 @@ use crate::sample::Sample;
 /// One of its benchmarks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DbBench {
-    /// readrandom instead of fillrandom.
-    pub read: bool,
-    /// Sync each write; those of other threads that wait are synced with it.
-    pub sync: bool,
+    pub work: Work,
     pub threads: u32,
 }
 
+/// What it does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Work {
+    Read,
+    /// Puts of keys that are there.
+    Overwrite,
+    /// Puts into a new database, each synced; those of other threads that wait are synced with it.
+    SyncedFill,
+}
+
 impl DbBench {
-    /// Puts each key once, in the order of keys.
-    pub fn fill(db: &Path, logs: &Path, keys: u64, value_size: usize) -> anyhow::Result<()> {
-        let mut command = command("fillseq", db, keys, value_size);
-        run("db_bench", logs, Duration::from_secs(120), &mut command).map(drop)
+    /// What it calls this.
+    pub fn name(self) -> &'static str {
+        match self.work {
+            Work::Read => "readrandom",
+            Work::Overwrite => "overwrite",
+            Work::SyncedFill => "fillrandom",
+        }
     }
 
-    /// Runs it over a database that has been filled in.
-    pub fn measure(self, db: &Path, logs: &Path, keys: u64, value_size: usize, seconds: f64) -> anyhow::Result<Sample> {
-        let name = if self.read { "readrandom" } else { "fillrandom" };
-        let mut command = command(name, db, keys, value_size);
-        command.arg("--use_existing_db=1").arg(format!("--threads={}", self.threads));
-        command.arg(format!("--sync={}", u8::from(self.sync))).arg(format!("--duration={}", seconds.ceil() as u64));
-        let (text, cpu) = run("db_bench", logs, Duration::from_secs_f64(seconds * 3.0 + 60.0), &mut command)?;
+    /// Puts each key once, in the order of keys.
+    pub fn fill(folder: &Path, keys: u64, value_size: usize) -> anyhow::Result<()> {
+        let mut command = command("fillseq", &folder.join("db_bench"), keys, value_size);
+        run("db_bench", folder, Duration::from_secs(120), &mut command).map(drop)
+    }
+
+    /// Runs it, over the database that has been filled in where it wants one.
+    pub fn measure(self, folder: &Path, keys: u64, value_size: usize, seconds: f64) -> anyhow::Result<Sample> {
+        let (name, synced) = (self.name(), self.work == Work::SyncedFill);
+        let db = folder.join(if synced { "db_bench-synced" } else { "db_bench" });
+        let mut command = command(name, &db, keys, value_size);
+        command.arg(format!("--threads={}", self.threads)).arg(format!("--duration={}", seconds.ceil() as u64));
+        // It refuses to fill in a database that is there.
+        command.arg(format!("--sync={}", u8::from(synced))).arg(format!("--use_existing_db={}", u8::from(!synced)));
+        let (text, cpu) = run("db_bench", folder, Duration::from_secs_f64(seconds * 3.0 + 60.0), &mut command)?;
         let mut sample = parse(&text, name)?;
         sample.client_cpu = Some(cpu.as_secs_f64());
         Ok(sample)

@@ -10,7 +10,9 @@ use clap::{Args, ValueEnum};
 use hdrhistogram::Histogram;
 use rand::SeedableRng;
 use rand::rngs::SmallRng;
-use rocksdb::{BlockBasedOptions, Cache, ColumnFamilyDescriptor, DB, DBCompressionType, Options, WriteBatch};
+use rocksdb::{
+    BlockBasedOptions, Cache, ColumnFamilyDescriptor, DB, DBCompressionType, Options, WriteBatch, WriteOptions,
+};
 
 use crate::data::{self, Data};
 use crate::process::{own_cpu, peak_memory_of, run as run_process};
@@ -46,6 +48,9 @@ pub struct Embedded {
     pub threads: u32,
     #[arg(long, default_value_t = 1)]
     pub batch: u32,
+    /// Sync each write; those of other threads that wait are synced with it.
+    #[arg(long)]
+    pub sync: bool,
     #[arg(long, default_value_t = 1.0)]
     pub seconds: f64,
     #[arg(long)]
@@ -70,6 +75,7 @@ impl Embedded {
         ] {
             command.args([flag, &value]);
         }
+        command.args(self.sync.then_some("--sync"));
         let within = Duration::from_secs_f64(self.seconds + 60.0);
         Sample::parse(&run_process("embedded", logs, within, &mut command)?.0)
     }
@@ -112,7 +118,7 @@ pub fn run(args: &Embedded) -> anyhow::Result<()> {
         let mut all = histogram()?;
         std::thread::scope(|scope| -> anyhow::Result<()> {
             let threads: Vec<_> =
-                (0..args.threads).map(|_| scope.spawn(|| measure(&db, &data, args.work, batch, end))).collect();
+                (0..args.threads).map(|_| scope.spawn(|| measure(&db, &data, args, batch, end))).collect();
             for thread in threads {
                 let Ok(latencies) = thread.join() else { bail!("a thread panicked") };
                 all.add(latencies?)?;
@@ -135,23 +141,25 @@ fn fill(db: &DB, data: &Data) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn measure(db: &DB, data: &Data, work: Work, batch: u32, end: Instant) -> anyhow::Result<Histogram<u64>> {
+fn measure(db: &DB, data: &Data, args: &Embedded, batch: u32, end: Instant) -> anyhow::Result<Histogram<u64>> {
     let mut random = SmallRng::seed_from_u64(rand::random());
     let mut latencies = histogram()?;
     let family = db.cf_handle(FAMILY).context("no column family")?;
+    let mut options = WriteOptions::default();
+    options.set_sync(args.sync);
     let missing = "a get found nothing, though all keys were filled in";
     loop {
         let from = Instant::now();
         if from >= end {
             return Ok(latencies);
         }
-        match work {
+        match args.work {
             Work::Put => {
                 let mut writes = WriteBatch::default();
                 for _ in 0..batch {
                     writes.put(data.random_key(&mut random), data.value(&mut random));
                 }
-                db.write(writes)?;
+                db.write_opt(writes, &options)?;
             }
             Work::Get => {
                 db.get_pinned(data.random_key(&mut random))?.context(missing)?;

@@ -26,6 +26,9 @@ const FILL_AT_ONCE: usize = 8;
 /// How long a backlog of the open loop is worked off after the end.
 const BACKLOG: Duration = Duration::from_secs(10);
 
+/// What a load that runs until it is told to end says when it begins.
+pub const RUNNING: &str = "the load runs";
+
 /// What callers do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Work {
@@ -175,6 +178,7 @@ async fn fill(keyspace: &Keyspace, data: &Data) -> anyhow::Result<Sample> {
 async fn measure(args: &Load, keyspace: &Keyspace, data: &Arc<Data>) -> anyhow::Result<Sample> {
     let stop = Arc::new(AtomicBool::new(false));
     if args.until_input_ends {
+        eprintln!("{RUNNING}");
         let stop = stop.clone();
         tokio::spawn(async move {
             let _ = tokio::io::stdin().read_to_end(&mut Vec::new()).await;
@@ -301,7 +305,7 @@ impl Caller {
             Action::Update(number) => self.keyspace.put(data::key(number), value).await?,
             Action::Insert(number) => {
                 self.keyspace.put(data::key(number), value).await?;
-                chooser.inserted();
+                chooser.inserted(number);
             }
             Action::ReadModifyWrite(number) => {
                 let key = data::key(number);

@@ -146,7 +146,7 @@ fn bench(args: Args) -> anyhow::Result<bool> {
     process::end_children_on_signals(folder.path())?;
     let (rounds, seconds) = match (args.quick, args.check) {
         (true, _) => (2, 2.0),
-        (_, true) => (2, 1.0),
+        (_, true) => (3, 1.0),
         _ => (args.rounds, args.seconds),
     };
     let bench = Bench { folder: folder.path().to_owned(), rounds, seconds };

@@ -233,6 +233,14 @@ impl Background {
         Process::piped(name, folder, command).map(Self)
     }
 
+    /// Waits for this on its standard error.
+    pub fn wait_until_it_says(&mut self, words: &str) -> anyhow::Result<()> {
+        wait_for(words, Duration::from_secs(20), || {
+            self.0.check()?;
+            Ok(self.0.printed().contains(words).then_some(()))
+        })
+    }
+
     /// Tells it to end, and returns what it printed.
     pub fn finish(self, within: Duration) -> anyhow::Result<String> {
         Ok(self.0.finish(within)?.0)

@@ -106,35 +106,27 @@ impl Measured {
         ]
     }
 
-    fn titles(relative: bool) -> Vec<&'static str> {
-        let titles = [
-            "MEASURED",
-            "PER SECOND",
-            "RELATIVE",
-            "SERVER µs/op",
-            "CLIENT µs/op",
-            "P50 µs",
-            "P99 µs",
-            "P99.9 µs",
-            "MEMORY MiB",
-            "QUIET AFTER s",
-        ];
-        titles.into_iter().filter(|title| relative || *title != "RELATIVE").collect()
-    }
-
-    /// All rows, with the column of relative rates only where there are some.
+    /// All rows, without the columns that none of them has anything in.
     fn rows(all: &[Self]) -> (Vec<&'static str>, Vec<Vec<String>>) {
-        let relative = all.iter().any(|measured| measured.relative.is_some());
-        let cells = |measured: &Self| {
-            let mut cells = measured.cells();
-            if !relative {
-                cells.remove(2);
-            }
-            cells
-        };
-        (Self::titles(relative), all.iter().map(cells).collect())
+        let rows: Vec<Vec<String>> = all.iter().map(Self::cells).collect();
+        let used: Vec<usize> = (0..MEASURED_TITLES.len()).filter(|at| rows.iter().any(|row| row[*at] != "-")).collect();
+        let titles = used.iter().map(|at| MEASURED_TITLES[*at]).collect();
+        (titles, rows.iter().map(|row| used.iter().map(|at| row[*at].clone()).collect()).collect())
     }
 }
+
+const MEASURED_TITLES: [&str; 10] = [
+    "MEASURED",
+    "PER SECOND",
+    "RELATIVE",
+    "SERVER µs/op",
+    "CLIENT µs/op",
+    "P50 µs",
+    "P99 µs",
+    "P99.9 µs",
+    "MEMORY MiB",
+    "QUIET AFTER s",
+];
 
 /// Where it ran.
 #[derive(Clone, Debug, Serialize)]

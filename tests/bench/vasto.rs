@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 
-use crate::load::{Load, Work};
+use crate::load::{Load, RUNNING, Work};
 use crate::process::{Background, Process, free_port, run, wait_for};
 use crate::sample::Sample;
 
@@ -108,10 +108,12 @@ impl Vasto {
         Sample::parse(&text)
     }
 
-    /// Starts a load that runs until it is told to end.
+    /// Starts a load that runs until it is told to end, and waits until it does run.
     pub fn run_in_background(&self, load: &Load) -> anyhow::Result<Background> {
         let mut command = Command::new(std::env::current_exe()?);
-        Background::start("background-load", &self.folder, command.args(load.command_line()))
+        let mut load = Background::start("background-load", &self.folder, command.args(load.command_line()))?;
+        load.wait_until_it_says(RUNNING)?;
+        Ok(load)
     }
 
     /// Runs a command of `vasto` against it.

@@ -1,7 +1,9 @@
 //! The workloads A to F of YCSB (Cooper et al., "Benchmarking Cloud Serving Systems with YCSB", SoCC 2010) on Vasto
 //! alone. A record of ten fields is one value here.
 
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use clap::ValueEnum;
 use rand::RngExt;
@@ -69,15 +71,17 @@ pub struct Chooser {
     zipfian: Zipfian,
     /// The next record to be inserted; what is below may not be there yet.
     next: AtomicU64,
-    /// How many have been inserted.
+    /// All below this have been inserted.
     there: AtomicU64,
+    /// Those above it that have been, too: inserts are answered in any order.
+    ahead: Mutex<BTreeSet<u64>>,
 }
 
 impl Chooser {
     /// Over so many records, all there.
     pub fn new(workload: Workload, records: u64) -> Self {
         let (next, there) = (AtomicU64::new(records), AtomicU64::new(records));
-        Self { workload, zipfian: Zipfian::new(records), next, there }
+        Self { workload, zipfian: Zipfian::new(records), next, there, ahead: Mutex::default() }
     }
 
     /// The next operation.
@@ -99,9 +103,13 @@ impl Chooser {
         }
     }
 
-    /// An insert has been answered.
-    pub fn inserted(&self) {
-        self.there.fetch_add(1, Ordering::Relaxed);
+    /// The insert of this record has been answered.
+    pub fn inserted(&self, number: u64) {
+        let mut ahead = self.ahead.lock().unwrap_or_else(PoisonError::into_inner);
+        ahead.insert(number);
+        while ahead.remove(&self.there.load(Ordering::Relaxed)) {
+            self.there.fetch_add(1, Ordering::Relaxed);
+        }
     }
 }
 
@@ -162,6 +170,15 @@ mod tests {
         }
         let (tail, wanted): (u32, f64) = (counts[100..].iter().sum(), (100..1000).map(expected).sum());
         assert!((0.9..1.1).contains(&(f64::from(tail) / wanted)), "{tail} of {wanted}");
+    }
+
+    #[test]
+    fn only_what_has_been_inserted_is_read() {
+        let chooser = Chooser::new(Workload::D, 10);
+        chooser.inserted(11);
+        assert_eq!(chooser.there.load(Ordering::Relaxed), 10);
+        chooser.inserted(10);
+        assert_eq!(chooser.there.load(Ordering::Relaxed), 12);
     }
 
     #[test]
