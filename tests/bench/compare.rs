@@ -56,11 +56,12 @@ impl Case {
                 if batch > 1 {
                     name += &format!(" × {batch}");
                 }
-                if setup != Setup::ONE {
-                    let Setup { shards, replication_factor, synced } = setup;
-                    name +=
-                        &format!(", {shards} shards × {replication_factor}{}", if synced { ", synced" } else { "" });
+                let Setup { shards, replication_factor, synced } = setup;
+                if (shards, replication_factor) != (1, 1) {
+                    let copies = counted(replication_factor, "copy", "copies");
+                    name += &format!(", {} in {copies}", counted(shards, "shard", "shards"));
                 }
+                name += if synced { ", synced" } else { "" };
                 name
             }
             Self::Gateway(how) => asking("Vasto's gateway", how),
@@ -73,11 +74,15 @@ impl Case {
                     embedded::Work::MultiGet => "MultiGet",
                 };
                 let times = if batch > 1 { format!(" × {batch}") } else { String::new() };
-                format!("RocksDB {what}, {threads} threads{times}{}", if sync { ", synced" } else { "" })
+                format!(
+                    "RocksDB {what}, {}{times}{}",
+                    counted(threads, "thread", "threads"),
+                    if sync { ", synced" } else { "" }
+                )
             }
             Self::DbBench(bench) => {
                 let synced = if bench.work == db_bench::Work::SyncedFill { ", synced" } else { "" };
-                format!("db_bench {}, {} threads{synced}", bench.name(), bench.threads)
+                format!("db_bench {}, {}{synced}", bench.name(), counted(bench.threads, "thread", "threads"))
             }
             Self::Etcd { callers } => format!("etcd put, {callers} callers"),
         }
@@ -100,6 +105,10 @@ impl Case {
     fn redis(get: bool, clients: u32, pipeline: u32) -> Self {
         Self::Redis(Asking { get, clients, pipeline })
     }
+}
+
+fn counted(number: u32, one: &str, many: &str) -> String {
+    format!("{number} {}", if number == 1 { one } else { many })
 }
 
 /// A comparison.
@@ -267,6 +276,7 @@ pub fn rows() -> Vec<Row> {
             0.0,
             None,
         ),
+        row("synced", "etcd-put", "Synced put, 64 callers: etcd", synced, Case::Etcd { callers: 64 }, 0.0, None),
         // How the two peers that are RocksDB compare.
         row(
             "embedded",
@@ -286,7 +296,6 @@ pub fn rows() -> Vec<Row> {
             0.0,
             None,
         ),
-        row("etcd", "etcd-put", "Synced put, 64 callers: etcd", synced, Case::Etcd { callers: 64 }, 0.0, None),
     ]
 }
 

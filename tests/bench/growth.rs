@@ -50,7 +50,7 @@ pub fn run(bench: &Bench) -> anyhow::Result<Vec<Measured>> {
         for (work, callers, batch) in [(Work::Get, 16, 1), (Work::Put, 16, 1), (Work::Get, 4, 100), (Work::Put, 4, 100)]
         {
             let times = if batch > 1 { format!(" × {batch}") } else { String::new() };
-            let name = format!("{shards:>2} shards: {}, {callers} callers{times}", work.name());
+            let name = format!("shards {shards:>2}: {}, {callers} callers{times}", work.name());
             let load = Load { seconds: bench.seconds, callers, batch, ..vasto.load(work, KEYS, VALUE) };
             let samples = (0..bench.rounds.min(3)).map(|_| measure(&vasto, &load)).collect::<anyhow::Result<_>>()?;
             let kind = match (work, batch) {

@@ -135,6 +135,9 @@ fn bench(args: Args) -> anyhow::Result<bool> {
     let rows: Vec<Row> = rows.into_iter().filter(|row| compare::without(row, &left_out)).collect();
     let missing = peers::missing(&compare::needs(&rows))?;
     let rows: Vec<Row> = rows.into_iter().filter(|row| compare::without(row, &missing)).collect();
+    if rows.is_empty() && parts.is_empty() {
+        bail!("nothing is left to be measured: all that --only names needs a peer that is missing or left out");
+    }
     vasto::binary()?;
 
     let parent = args.folder.clone().unwrap_or_else(std::env::temp_dir);
@@ -162,7 +165,8 @@ fn bench(args: Args) -> anyhow::Result<bool> {
         notes: Vec::new(),
     };
     if !left_out.is_empty() {
-        report.notes.push(format!("Left out: {left_out:?}."));
+        let names: Vec<&str> = left_out.iter().map(|peer| peer.name()).collect();
+        report.notes.push(format!("Left out: {}.", names.join(", ")));
     }
     if !missing.is_empty() {
         report.notes.push("etcd is not there, so it was not measured.".to_owned());

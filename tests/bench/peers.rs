@@ -32,7 +32,8 @@ impl Peer {
         }
     }
 
-    fn name(self) -> &'static str {
+    /// As `--without` takes it.
+    pub fn name(self) -> &'static str {
         match self {
             Self::Redis => "redis",
             Self::DbBench => "db_bench",
