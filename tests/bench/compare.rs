@@ -12,11 +12,12 @@ use crate::db_bench::{self, DbBench};
 use crate::embedded::{self, Embedded};
 use crate::load::Work;
 use crate::peers::Peer;
-use crate::process::cpu_of;
+use crate::process::{at_cost, cpu_of};
 use crate::redis::{self, Asking, Redis};
 use crate::report::{Measured, Ratio};
 use crate::sample::Sample;
 use crate::vasto::{Setup, Vasto};
+use crate::word;
 
 /// Keys, and bytes of a value.
 pub const KEYS: u64 = 100_000;
@@ -52,7 +53,7 @@ impl Case {
         };
         match self {
             Self::Native { setup, work, callers, batch } => {
-                let mut name = format!("Vasto {}, {callers} callers", work.name());
+                let mut name = format!("Vasto {}, {callers} callers", word(&work));
                 if batch > 1 {
                     name += &format!(" × {batch}");
                 }
@@ -154,16 +155,7 @@ pub fn rows() -> Vec<Row> {
     let (pipeline_set, pipeline_get) = (Case::redis(false, 4, 100), Case::redis(true, 4, 100));
     let (put_batch, get_batch) = (Case::native(put, 4, 100), Case::native(get, 4, 100));
     let embedded = |work, threads, batch| Case::Embedded { work, threads, batch, sync: false };
-    let go = |name, what, subject, peer, per| Row {
-        group: "native",
-        name,
-        what,
-        subject,
-        peer,
-        per,
-        target: Some(5.0),
-        floor: None,
-    };
+    let go = |name, what, subject, peer, per| Row { per, ..row("native", name, what, subject, peer, 5.0, None) };
     let gateway = |get| Asking { get, clients: 50, pipeline: 16 };
     let copies = |replication_factor, callers, batch| Case::Native {
         setup: Setup { shards: 2, replication_factor, synced: false },
@@ -372,38 +364,40 @@ impl<'a> Servers<'a> {
 
     fn measure(&mut self, case: Case) -> anyhow::Result<Sample> {
         let server = self.prepare(case)?;
-        let seconds = self.bench.seconds;
         self.quiet()?;
-        let before = server.map(cpu_of).transpose()?;
-        let mut sample = match case {
+        let mut sample = match server {
+            Some(pid) => at_cost(pid, || self.run(case))?,
+            None => self.run(case)?,
+        };
+        sample.quiet_after = Some(self.quiet()?);
+        Ok(sample)
+    }
+
+    fn run(&mut self, case: Case) -> anyhow::Result<Sample> {
+        let seconds = self.bench.seconds;
+        match case {
             Case::Native { setup, work, callers, batch } => {
                 let vasto = self.vasto(setup)?;
                 let load = vasto.load(work, KEYS, VALUE);
-                vasto.run(&crate::load::Load { callers, batch, seconds, ..load })?
+                vasto.run(&crate::load::Load { callers, batch, seconds, ..load })
             }
             Case::Gateway(asking) => {
                 let port = self.vasto(Setup::ONE)?.redis_port;
-                self.redis_benchmark(case, port, asking)?
+                self.redis_benchmark(case, port, asking)
             }
             Case::Redis(asking) => {
                 let port = self.redis()?.port;
-                self.redis_benchmark(case, port, asking)?
+                self.redis_benchmark(case, port, asking)
             }
             Case::Embedded { work, threads, batch, sync } => {
-                self.embedded(work, threads, batch, sync).measure(&self.folder)?
+                self.embedded(work, threads, batch, sync).measure(&self.folder)
             }
-            Case::DbBench(what) => what.measure(&self.folder, KEYS, VALUE, seconds)?,
+            Case::DbBench(what) => what.measure(&self.folder, KEYS, VALUE, seconds),
             Case::Etcd { callers } => {
                 let etcd = self.etcd.as_ref().context("etcd was not started")?;
-                etcd.measure(callers, KEYS, VALUE, seconds, &self.folder)?
+                etcd.measure(callers, KEYS, VALUE, seconds, &self.folder)
             }
-        };
-        if let (Some(pid), Some(before)) = (server, before) {
-            sample.server_cpu = Some((cpu_of(pid)?.saturating_sub(before)).as_secs_f64());
-            sample.memory = Some(crate::process::peak_memory_of(pid)?);
         }
-        sample.quiet_after = Some(self.quiet()?);
-        Ok(sample)
     }
 
     fn redis_benchmark(&mut self, case: Case, port: u16, asking: Asking) -> anyhow::Result<Sample> {

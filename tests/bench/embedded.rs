@@ -17,6 +17,7 @@ use rocksdb::{
 use crate::data::{self, Data};
 use crate::process::{own_cpu, peak_memory_of, run as run_process};
 use crate::sample::{Sample, histogram, record};
+use crate::word;
 
 /// As a store's.
 const CACHE: usize = 64 << 20;
@@ -64,9 +65,8 @@ impl Embedded {
     pub fn measure(&self, logs: &Path) -> anyhow::Result<Sample> {
         let mut command = Command::new(std::env::current_exe()?);
         command.arg("embedded").arg("--folder").arg(&self.folder);
-        let work = self.work.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default();
         for (flag, value) in [
-            ("--work", work),
+            ("--work", word(&self.work)),
             ("--threads", self.threads.to_string()),
             ("--batch", self.batch.to_string()),
             ("--seconds", self.seconds.to_string()),

@@ -17,8 +17,9 @@ use tokio::task::JoinSet;
 
 use crate::data::Data;
 use crate::peers::find;
-use crate::process::{Process, free_port, own_cpu, run as run_process, wait_for};
+use crate::process::{Process, own_cpu, run as run_process, wait_for};
 use crate::sample::{Sample, histogram, record};
+use vasto_tests::cluster::free_port;
 
 /// A server that ends with this value.
 pub struct Etcd {

@@ -154,7 +154,7 @@ pub fn run(bench: &Bench) -> anyhow::Result<(Vec<Ratio>, Vec<Measured>)> {
     let load = |work| Load { incompressible: true, ..vasto.load(work, KEYS, VALUE) };
     vasto.run(&load(Work::Fill))?;
     vasto.command(&["keyspace", "compact", KEYSPACE], CHANGE_WITHIN)?;
-    let rounds = bench.rounds.min(3);
+    let rounds = bench.few_rounds();
     let (mut ingested, mut plain, mut quiet, mut busy) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     let capacity = vasto.run(&Load { seconds: bench.seconds, ..load(Work::Mixed) })?.rate();
     let rate = Some(((capacity * STEADY) as u64).max(1));

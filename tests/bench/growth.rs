@@ -3,10 +3,10 @@
 use crate::Bench;
 use crate::compare::{KEYS, VALUE};
 use crate::load::{Load, Work};
-use crate::process::{cpu_of, peak_memory_of};
 use crate::report::Measured;
 use crate::sample::Sample;
 use crate::vasto::{Setup, Vasto};
+use crate::word;
 
 /// A store's block cache; there is no flag for another one, so the data is what grows.
 const CACHE: u64 = 64 << 20;
@@ -15,16 +15,6 @@ const ROW: usize = 1000;
 /// Data in parts of the cache. 100 times the cache would be 6.4 GB, too much for a run of minutes.
 const TENTHS: [u64; 3] = [1, 10, 100];
 const SHARDS: [u32; 4] = [1, 4, 16, 64];
-
-/// Runs a load and adds what it cost the server.
-pub fn measure(vasto: &Vasto, load: &Load) -> anyhow::Result<Sample> {
-    let pid = vasto.process.pid();
-    let before = cpu_of(pid)?;
-    let mut sample = vasto.run(load)?;
-    sample.server_cpu = Some((cpu_of(pid)?.saturating_sub(before)).as_secs_f64());
-    sample.memory = Some(peak_memory_of(pid)?);
-    Ok(sample)
-}
 
 /// Measures both ways of growing. The first row of each kind of work is what the others are told relative to.
 pub fn run(bench: &Bench) -> anyhow::Result<Vec<Measured>> {
@@ -35,9 +25,9 @@ pub fn run(bench: &Bench) -> anyhow::Result<Vec<Measured>> {
         vasto.run(&vasto.load(Work::Fill, keys, ROW))?;
         vasto.command(&["keyspace", "compact", crate::vasto::KEYSPACE], std::time::Duration::from_secs(300))?;
         for work in [Work::Get, Work::Put] {
-            let name = format!("data {:>4} × block cache: {}", tenths as f64 / 10.0, work.name());
+            let name = format!("data {:>4} × block cache: {}", tenths as f64 / 10.0, word(&work));
             let load = Load { seconds: bench.seconds, ..vasto.load(work, keys, ROW) };
-            let samples = (0..bench.rounds.min(3)).map(|_| measure(&vasto, &load)).collect::<anyhow::Result<_>>()?;
+            let samples = vasto.measure(&load, bench.few_rounds())?;
             push(bench, &mut all, name, samples, if work == Work::Get { "data get" } else { "data put" });
         }
         vasto.process.stop();
@@ -50,9 +40,9 @@ pub fn run(bench: &Bench) -> anyhow::Result<Vec<Measured>> {
         for (work, callers, batch) in [(Work::Get, 16, 1), (Work::Put, 16, 1), (Work::Get, 4, 100), (Work::Put, 4, 100)]
         {
             let times = if batch > 1 { format!(" × {batch}") } else { String::new() };
-            let name = format!("shards {shards:>2}: {}, {callers} callers{times}", work.name());
+            let name = format!("shards {shards:>2}: {}, {callers} callers{times}", word(&work));
             let load = Load { seconds: bench.seconds, callers, batch, ..vasto.load(work, KEYS, VALUE) };
-            let samples = (0..bench.rounds.min(3)).map(|_| measure(&vasto, &load)).collect::<anyhow::Result<_>>()?;
+            let samples = vasto.measure(&load, bench.few_rounds())?;
             let kind = match (work, batch) {
                 (Work::Get, 1) => "shards get",
                 (Work::Get, _) => "shards get batch",

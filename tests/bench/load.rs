@@ -18,6 +18,7 @@ use vasto_client::{Client, Keyspace, Op, ScanOptions};
 use crate::data::{self, Data};
 use crate::process::own_cpu;
 use crate::sample::{Sample, histogram, record};
+use crate::word;
 use crate::ycsb::{Action, Chooser, Workload};
 
 /// Puts in one batch while keys are filled in, and batches at once.
@@ -48,20 +49,7 @@ pub enum Work {
 
 impl Work {
     fn workload(self) -> Option<Workload> {
-        match self {
-            Self::A => Some(Workload::A),
-            Self::B => Some(Workload::B),
-            Self::C => Some(Workload::C),
-            Self::D => Some(Workload::D),
-            Self::E => Some(Workload::E),
-            Self::F => Some(Workload::F),
-            Self::Fill | Self::Put | Self::Get | Self::Mixed => None,
-        }
-    }
-
-    /// Its name on the command line.
-    pub fn name(self) -> String {
-        self.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
+        Workload::ALL.into_iter().find(|workload| Self::from(*workload) == self)
     }
 }
 
@@ -115,7 +103,7 @@ impl Load {
             .map(|word| (*word).to_owned())
             .collect();
         let settings = [
-            ("--work", self.work.name()),
+            ("--work", word(&self.work)),
             ("--callers", self.callers.to_string()),
             ("--batch", self.batch.to_string()),
             ("--seconds", self.seconds.to_string()),

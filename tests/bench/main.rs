@@ -22,7 +22,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context as _, bail};
-use clap::{Parser, Subcommand};
+use clap::{Parser, Subcommand, ValueEnum};
 
 use compare::Row;
 use load::{Load, Work};
@@ -88,6 +88,11 @@ enum Child {
     Resize(files::Resize),
 }
 
+/// A choice as the command line has it.
+pub fn word(choice: &impl ValueEnum) -> String {
+    choice.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
+}
+
 fn seconds(text: &str) -> Result<f64, String> {
     match text.parse() {
         Ok(seconds) if (0.5..=60.0).contains(&seconds) => Ok(seconds),
@@ -103,6 +108,11 @@ pub struct Bench {
 }
 
 impl Bench {
+    /// For parts that take long.
+    fn few_rounds(&self) -> u32 {
+        self.rounds.min(3)
+    }
+
     /// A line for whoever waits.
     fn say(&self, line: &str) {
         eprintln!("bench: {line}");
@@ -165,7 +175,7 @@ fn bench(args: Args) -> anyhow::Result<bool> {
         notes: Vec::new(),
     };
     if !left_out.is_empty() {
-        let names: Vec<&str> = left_out.iter().map(|peer| peer.name()).collect();
+        let names: Vec<String> = left_out.iter().map(word).collect();
         report.notes.push(format!("Left out: {}.", names.join(", ")));
     }
     if !missing.is_empty() {
@@ -242,8 +252,7 @@ fn run_ycsb(bench: &Bench) -> anyhow::Result<Vec<Measured>> {
     let measured = ycsb::Workload::ALL.into_iter().map(|workload| {
         let load = vasto.load(workload.into(), ycsb::RECORDS, ycsb::RECORD);
         let load = Load { callers: ycsb::CALLERS, seconds: bench.seconds, ..load };
-        let samples =
-            (0..bench.rounds.min(3)).map(|_| growth::measure(&vasto, &load)).collect::<anyhow::Result<_>>()?;
+        let samples = vasto.measure(&load, bench.few_rounds())?;
         let measured = Measured::new(workload.words().to_owned(), samples);
         bench.say(&format!("YCSB {}: {}/s", measured.name, report::count(measured.rate())));
         Ok(measured)

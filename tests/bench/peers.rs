@@ -6,6 +6,8 @@ use std::path::PathBuf;
 use anyhow::bail;
 use clap::ValueEnum;
 
+use crate::word;
+
 /// Someone else's program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
 pub enum Peer {
@@ -31,15 +33,6 @@ impl Peer {
             Self::Etcd => "etcd-server",
         }
     }
-
-    /// As `--without` takes it.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Redis => "redis",
-            Self::DbBench => "db_bench",
-            Self::Etcd => "etcd",
-        }
-    }
 }
 
 /// Where a program is.
@@ -57,14 +50,11 @@ pub fn missing(wanted: &BTreeSet<Peer>) -> anyhow::Result<BTreeSet<Peer>> {
     let missing: BTreeSet<Peer> = wanted.iter().copied().filter(gone).collect();
     let needed: Vec<Peer> = missing.iter().copied().filter(|peer| *peer != Peer::Etcd).collect();
     if !needed.is_empty() {
-        let list = |word: fn(Peer) -> &'static str, by: &str| {
-            needed.iter().map(|peer| word(*peer)).collect::<Vec<_>>().join(by)
-        };
         bail!(
             "missing: {}; run: apt-get install {}, or leave them out: --without {}",
             needed.iter().flat_map(|peer| peer.binaries()).copied().collect::<Vec<_>>().join(", "),
-            list(Peer::package, " "),
-            list(Peer::name, ",")
+            needed.iter().map(|peer| peer.package()).collect::<Vec<_>>().join(" "),
+            needed.iter().map(word).collect::<Vec<_>>().join(",")
         );
     }
     Ok(missing)

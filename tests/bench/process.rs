@@ -4,7 +4,6 @@
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::Read;
-use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
@@ -17,6 +16,8 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::time::TimeValLike;
 use nix::unistd::Pid;
 use tokio::signal::unix::{SignalKind, signal};
+
+use crate::sample::Sample;
 
 /// A tick of /proc/PID/stat: Linux says 100 a second to all programs.
 const TICK: Duration = Duration::from_millis(10);
@@ -82,16 +83,6 @@ fn send(pid: u32, signal: Signal) {
     }
 }
 
-/// A port of loopback that nobody listens on, below those that the system gives to outgoing connections.
-pub fn free_port() -> u16 {
-    loop {
-        let port = rand::random_range(10_000..32_000);
-        if TcpListener::bind(("127.0.0.1", port)).is_ok() {
-            return port;
-        }
-    }
-}
-
 /// CPU time of a process, of all its threads and of the children it has waited for.
 pub fn cpu_of(pid: u32) -> anyhow::Result<Duration> {
     let path = format!("/proc/{pid}/stat");
@@ -110,6 +101,15 @@ pub fn peak_memory_of(pid: u32) -> anyhow::Result<u64> {
     let line = text.lines().find_map(|line| line.strip_prefix("VmHWM:"));
     let kilobytes = line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<u64>().ok());
     Ok(kilobytes.with_context(|| format!("{path} has no VmHWM"))? * 1024)
+}
+
+/// Runs a measurement and adds what it cost the server with this pid.
+pub fn at_cost(pid: u32, measure: impl FnOnce() -> anyhow::Result<Sample>) -> anyhow::Result<Sample> {
+    let before = cpu_of(pid)?;
+    let mut sample = measure()?;
+    sample.server_cpu = Some(cpu_of(pid)?.saturating_sub(before).as_secs_f64());
+    sample.memory = Some(peak_memory_of(pid)?);
+    Ok(sample)
 }
 
 /// CPU time that this process has used.
@@ -218,10 +218,7 @@ impl Drop for Process {
 
 /// Runs a command to its end: what it printed, and the CPU time that it used.
 pub fn run(name: &str, folder: &Path, within: Duration, command: &mut Command) -> anyhow::Result<(String, Duration)> {
-    let mut process = Process::piped(name, folder, command)?;
-    // Those that run to their end by themselves don't wait for one of their input.
-    drop(process.child.stdin.take());
-    process.finish(within)
+    Process::piped(name, folder, command)?.finish(within)
 }
 
 /// A child that goes on until its input ends.

@@ -12,8 +12,9 @@ use rand::SeedableRng;
 use rand::rngs::SmallRng;
 
 use crate::data::{self, Data};
-use crate::process::{Process, free_port, run, wait_for};
+use crate::process::{Process, run, wait_for};
 use crate::sample::Sample;
+use vasto_tests::cluster::free_port;
 
 /// Keys in one pipeline while they are filled in.
 const FILL_BATCH: u64 = 500;

@@ -376,13 +376,13 @@ fn table(titles: &[&str], rows: &[Vec<String>]) -> String {
         .map(|(column, title)| rows.iter().map(|row| width(&row[column])).fold(width(title), usize::max))
         .collect();
     let mut text = String::new();
+    let right: Vec<bool> = (0..titles.len()).map(|column| is_number(rows, column)).collect();
     let titles: Vec<String> = titles.iter().map(|title| (*title).to_owned()).collect();
     for row in std::iter::once(&titles).chain(rows) {
         let mut line = String::new();
         for (column, cell) in row.iter().enumerate() {
             let fill = " ".repeat(widths[column] - width(cell));
-            let right = is_number(rows, column);
-            line += &if right { format!("{fill}{cell}  ") } else { format!("{cell}{fill}  ") };
+            line += &if right[column] { format!("{fill}{cell}  ") } else { format!("{cell}{fill}  ") };
         }
         text += line.trim_end();
         text.push('\n');

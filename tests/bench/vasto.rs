@@ -7,8 +7,9 @@ use std::time::Duration;
 use anyhow::{Context as _, bail};
 
 use crate::load::{Load, RUNNING, Work};
-use crate::process::{Background, Process, free_port, run, wait_for};
+use crate::process::{Background, Process, at_cost, run, wait_for};
 use crate::sample::Sample;
+use vasto_tests::cluster::free_port;
 
 /// The keyspace's name.
 pub const KEYSPACE: &str = "bench";
@@ -106,6 +107,11 @@ impl Vasto {
         let mut command = Command::new(std::env::current_exe()?);
         let (text, _) = run("load", &self.folder, within, command.args(load.command_line()))?;
         Sample::parse(&text)
+    }
+
+    /// Runs a load to its end so many times, with what each cost the server.
+    pub fn measure(&self, load: &Load, rounds: u32) -> anyhow::Result<Vec<Sample>> {
+        (0..rounds).map(|_| at_cost(self.process.pid(), || self.run(load))).collect()
     }
 
     /// Starts a load that runs until it is told to end, and waits until it does run.

@@ -29,7 +29,7 @@ pub fn vasto() -> PathBuf {
 
 /// A port that nobody listens on, below those that the system gives to outgoing connections: a process that is
 /// killed and started again must find its port free, whatever others connect to meanwhile.
-fn free_port() -> u16 {
+pub fn free_port() -> u16 {
     loop {
         let port = rand::random_range(10_000..32_000);
         if TcpListener::bind(("127.0.0.1", port)).is_ok() {
