@@ -48,12 +48,13 @@ pub(crate) struct Context {
 
 impl Context {
     pub(crate) fn new(global: Global, in_shell: bool) -> Self {
-        Self { global, env: Env::real(), in_shell, client: OnceLock::new() }
+        Self { global, env: Env::real().with_near_stores(), in_shell, client: OnceLock::new() }
     }
 
     /// The same with another operator.
     pub(crate) fn at(&self, operator: String) -> Self {
-        Self::new(Global { operator, ..self.global.clone() }, self.in_shell)
+        let global = Global { operator, ..self.global.clone() };
+        Self { global, env: self.env.clone(), in_shell: self.in_shell, client: OnceLock::new() }
     }
 
     /// The output that was asked for.

@@ -2,13 +2,21 @@
 //! simulation can own them. `tokio::time` serves for waiting; this is for
 //! wall clocks, ids, jitter, connections and work that blocks.
 
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use futures::future::BoxFuture;
 use futures::{Stream, StreamExt, stream};
 use tokio::sync::mpsc;
 use tonic::transport::{Channel, Endpoint};
 
+use crate::v1::{Answer, Operation};
+
+/// Answers operations, in any order.
+type Answers = dyn Fn(Vec<Operation>) -> BoxFuture<'static, Vec<Answer>> + Send + Sync;
+/// The stores of one process by their addresses.
+type Near = Arc<RwLock<HashMap<String, Arc<Answers>>>>;
 type Dial = dyn Fn(&str) -> Result<Channel, tonic::transport::Error> + Send + Sync;
 /// How long the next piece of work takes.
 type Pace = dyn Fn() -> Duration + Send + Sync;
@@ -39,6 +47,8 @@ pub struct Env {
     inline: Option<Arc<Pace>>,
     /// Where set, streams between stores are not as TCP would have them.
     unruly: Option<Arc<Fate>>,
+    /// Where set, stores of this process are asked without a connection.
+    near: Option<Near>,
 }
 
 /// Work that blocked did not end: it panicked.
@@ -62,7 +72,14 @@ impl Env {
         random: impl Fn() -> u64 + Send + Sync + 'static,
         dial: impl Fn(&str) -> Result<Channel, tonic::transport::Error> + Send + Sync + 'static,
     ) -> Self {
-        Self { now_ms: Arc::new(now_ms), random: Arc::new(random), dial: Arc::new(dial), inline: None, unruly: None }
+        Self {
+            now_ms: Arc::new(now_ms),
+            random: Arc::new(random),
+            dial: Arc::new(dial),
+            inline: None,
+            unruly: None,
+            near: None,
+        }
     }
 
     /// The same on one thread: work that blocks is done where it is asked for, after a wait of `pace`.
@@ -73,6 +90,28 @@ impl Env {
     /// The same where messages of streams are delivered so.
     pub fn unruly(self, fate: impl Fn() -> Delivery + Send + Sync + 'static) -> Self {
         Self { unruly: Some(Arc::new(fate)), ..self }
+    }
+
+    /// The same, where clients ask the stores of their own process, which share this or a clone of it, by a call.
+    pub fn with_near_stores(self) -> Self {
+        Self { near: Some(Near::default()), ..self }
+    }
+
+    /// Offers this store's answers to the clients of its process, until the guard goes.
+    pub fn offer(
+        &self,
+        address: &str,
+        answers: impl Fn(Vec<Operation>) -> BoxFuture<'static, Vec<Answer>> + Send + Sync + 'static,
+    ) -> Option<Offer> {
+        let stores = self.near.clone()?;
+        let answers: Arc<Answers> = Arc::new(answers);
+        stores.write().unwrap_or_else(PoisonError::into_inner).insert(address.to_owned(), answers.clone());
+        Some(Offer { stores, address: address.to_owned(), answers })
+    }
+
+    /// Asks the store at this address, where it is one of this process.
+    pub(crate) fn near(&self, address: &str) -> Option<Arc<Answers>> {
+        self.near.as_ref()?.read().unwrap_or_else(PoisonError::into_inner).get(address).cloned()
     }
 
     /// What comes of a stream between stores. No network repeats, reorders or loses a stream's messages, but a
@@ -165,6 +204,23 @@ impl Env {
     /// A channel to `host:port` that connects when first used.
     pub fn dial(&self, address: &str) -> Result<Channel, tonic::transport::Error> {
         (self.dial)(address)
+    }
+}
+
+/// A store's offer to its process; it ends when this is dropped.
+pub struct Offer {
+    stores: Near,
+    address: String,
+    answers: Arc<Answers>,
+}
+
+impl Drop for Offer {
+    fn drop(&mut self) {
+        let mut stores = self.stores.write().unwrap_or_else(PoisonError::into_inner);
+        // The address may be the next store's already.
+        if stores.get(&self.address).is_some_and(|answers| Arc::ptr_eq(answers, &self.answers)) {
+            stores.remove(&self.address);
+        }
     }
 }
 

@@ -190,7 +190,7 @@ impl Keyspace {
             what: what.clone(),
             last: format!("{store}: {}", describe(&status)),
         };
-        Ok(Whose { client, keyspace: wired.uid.clone(), refused })
+        Ok(Whose { client, keyspace: wired.uid(), refused })
     }
 
     /// Compacts the keyspace's files on all its stores; answers when all are done.
@@ -214,7 +214,7 @@ impl Keyspace {
                 let address = self.address(store);
                 let address = address.ok_or_else(|| unavailable("its address is not known".into()))?;
                 let mut client = self.client().pool().link(&address).bulk().map_err(unavailable)?;
-                let request = CompactRequest { keyspace: wired.uid.clone() };
+                let request = CompactRequest { keyspace: wired.uid() };
                 let done = client.compact(request).await.map_err(|s| unavailable(describe(&s)))?.into_inner();
                 let (bytes_before, bytes_after) = (done.bytes_before, done.bytes_after);
                 Ok(Compacted { store: store.to_string(), bytes_before, bytes_after })

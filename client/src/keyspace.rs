@@ -6,13 +6,14 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures::FutureExt;
+use futures::future::BoxFuture;
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout_at};
 
 use crate::client::Client;
 use crate::error::Error;
 use crate::op::{Merge, Op, Options, Outcome, Prepared, Returning};
-use crate::pipe::{Broken, Full, Ticket};
+use crate::pipe::{Broken, Full, Reply, Ticket};
 use crate::pool::Link;
 use crate::route::{Attempt, Candidate, Kind, Next, Route, Trouble, decide};
 use crate::session::Session;
@@ -113,7 +114,8 @@ impl Shared {
 /// A topology with the links to its stores.
 pub(crate) struct Wired {
     pub(crate) update: Arc<KeyspaceUpdate>,
-    pub(crate) uid: String,
+    /// As operations carry it.
+    uid: Bytes,
     pub(crate) route: Route,
     /// Beside the route's candidates.
     links: Vec<Vec<Arc<Link>>>,
@@ -126,9 +128,14 @@ impl Wired {
         let links = |shard| route.candidates(shard).iter().map(|c| client.pool().link(&c.address)).collect();
         let links = (0..route.size()).map(links).collect();
         let topology = update.topology.as_ref();
-        let uid = topology.map(|t| t.uid.clone()).unwrap_or_default();
+        let uid = topology.map(|t| t.uid.clone()).unwrap_or_default().into();
         let deleting = topology.is_some_and(|t| t.phase() == Phase::Deleting);
         Self { uid, route, links, deleting, update }
+    }
+
+    /// The keyspace's uid.
+    pub(crate) fn uid(&self) -> String {
+        self.update.topology.as_ref().map(|t| t.uid.clone()).unwrap_or_default()
     }
 
     fn replicas(&self, shard: u32) -> Vec<u64> {
@@ -166,6 +173,41 @@ struct Group {
     operations: Vec<Operation>,
 }
 
+/// What a store of this process was asked without a connection.
+struct Asked {
+    wired: Arc<Wired>,
+    link: Arc<Link>,
+    /// Each operation's index, shard and replica; its id is its place here.
+    places: Vec<(usize, u32, u64)>,
+    answers: BoxFuture<'static, Vec<v1::Answer>>,
+}
+
+/// What it answered to each.
+struct Came {
+    wired: Arc<Wired>,
+    link: Arc<Link>,
+    replies: Vec<((usize, u32, u64), Reply)>,
+}
+
+impl Asked {
+    /// Waits for the answers, as long as the first of the operations may take.
+    async fn answer(self, ops: &[Result<Prepared, Error>], start: Instant) -> Came {
+        let Self { wired, link, places, answers } = self;
+        let deadline = |(index, ..): &(usize, u32, u64)| Some(ops.get(*index)?.as_ref().ok()?.deadline);
+        let patience = places.iter().filter_map(deadline).min().unwrap_or_default();
+        let came = timeout_at(start + patience, answers).await;
+        let late = came.is_err();
+        let silence = || if late { Err(Broken::late()) } else { Ok(None) };
+        let mut replies: Vec<_> = places.into_iter().map(|place| (place, silence())).collect();
+        for v1::Answer { id, result } in came.unwrap_or_default() {
+            if let Some((_, reply)) = usize::try_from(id).ok().and_then(|id| replies.get_mut(id)) {
+                *reply = Ok(result);
+            }
+        }
+        Came { wired, link, replies }
+    }
+}
+
 /// One try of an operation at one replica.
 struct Try {
     wired: Arc<Wired>,
@@ -174,7 +216,7 @@ struct Try {
     link: Arc<Link>,
     ticket: Result<Ticket, Full>,
     /// Set where the answer has been taken from the ticket already.
-    reply: Option<Result<Option<answer::Result>, Broken>>,
+    reply: Option<Reply>,
     /// When to ask another replica.
     until: Instant,
 }
@@ -432,17 +474,19 @@ impl Keyspace {
     /// Puts operations in together, then sees to those that were not answered at the first try.
     async fn window(&self, ops: Vec<Result<Prepared, Error>>) -> Vec<Result<Outcome, Error>> {
         let start = Instant::now();
-        let mut answers: Vec<Option<Result<Outcome, Error>>> = Vec::with_capacity(ops.len());
-        let mut left = Vec::new();
-        let mut tries = self.begin_all(&ops);
-        for (op, tried) in ops.iter().zip(&mut tries) {
-            let outcome = match (op, tried) {
-                (Err(error), _) => Some(Err(error.clone())),
-                (Ok(op), Some(tried)) => self.first(op, tried, start + op.deadline).await.map(Ok),
-                (Ok(_), None) => None,
-            };
-            answers.push(outcome);
+        let mut answers: Vec<Option<Result<Outcome, Error>>> = ops.iter().map(|_| None).collect();
+        let (mut tries, near) = self.begin_all(&ops);
+        for came in futures::future::join_all(near.into_iter().map(|asked| asked.answer(&ops, start))).await {
+            self.settle(&ops, came, &mut answers, &mut tries);
         }
+        for ((op, tried), answer) in ops.iter().zip(&mut tries).zip(&mut answers) {
+            match (op, tried) {
+                (Err(error), _) => *answer = Some(Err(error.clone())),
+                (Ok(op), Some(tried)) => *answer = self.first(op, tried, start + op.deadline).await.map(Ok),
+                (Ok(_), None) => {}
+            }
+        }
+        let mut left = Vec::new();
         for (index, (op, tried)) in ops.iter().zip(tries).enumerate() {
             if let (None, Ok(op)) = (&answers[index], op) {
                 let deadline = start + op.deadline;
@@ -455,11 +499,12 @@ impl Keyspace {
         answers.into_iter().flatten().collect()
     }
 
-    /// The first tries of a window, those to one store queued in one go.
-    fn begin_all(&self, ops: &[Result<Prepared, Error>]) -> Vec<Option<Try>> {
+    /// The first tries of a window, those to one store queued in one go; and what stores of this process were asked.
+    fn begin_all(&self, ops: &[Result<Prepared, Error>]) -> (Vec<Option<Try>>, Vec<Asked>) {
         let mut tries: Vec<Option<Try>> = ops.iter().map(|_| None).collect();
+        let mut near = Vec::new();
         // Where there is no topology to go by, each operation finds out for itself.
-        let Ok(wired) = self.shared.wired() else { return tries };
+        let Ok(wired) = self.shared.wired() else { return (tries, near) };
         let mut groups: Vec<Group> = Vec::new();
         {
             let session = self.shared.session();
@@ -472,14 +517,26 @@ impl Keyspace {
                 let operation = op.operation(&wired.uid, shard, wired.route.size(), after);
                 let known = groups.iter().position(|g| Arc::ptr_eq(&g.link, link));
                 let group = known.unwrap_or_else(|| {
-                    groups.push(Group { link: link.clone(), places: Vec::new(), operations: Vec::new() });
+                    let link = link.clone();
+                    let (places, operations) = (Vec::with_capacity(ops.len()), Vec::with_capacity(ops.len()));
+                    groups.push(Group { link, places, operations });
                     groups.len() - 1
                 });
                 groups[group].places.push((index, shard, candidate.replica));
                 groups[group].operations.push(operation);
             }
         }
-        for Group { link, places, operations } in groups {
+        for Group { link, places, mut operations } in groups {
+            for (id, operation) in (0..).zip(&mut operations) {
+                operation.id = id;
+            }
+            let operations = match link.near(operations) {
+                Ok(answers) => {
+                    near.push(Asked { wired: wired.clone(), link, places, answers });
+                    continue;
+                }
+                Err(operations) => operations,
+            };
             let until = Instant::now() + link.pipe.patience();
             let tickets = link.pipe.submit(operations);
             for ((index, shard, replica), ticket) in places.into_iter().zip(tickets) {
@@ -487,7 +544,39 @@ impl Keyspace {
                 tries[index] = Some(Try { wired, shard, replica, link, ticket, reply: None, until });
             }
         }
-        tries
+        (tries, near)
+    }
+
+    /// Takes in what a store of this process answered. What was not done is left as a first try that failed.
+    fn settle(
+        &self,
+        ops: &[Result<Prepared, Error>],
+        came: Came,
+        answers: &mut [Option<Result<Outcome, Error>>],
+        tries: &mut [Option<Try>],
+    ) {
+        let Came { wired, link, replies } = came;
+        let now = Instant::now();
+        let mut session = self.shared.session();
+        for ((index, shard, replica), reply) in replies {
+            let Some(Ok(op)) = ops.get(index) else { continue };
+            let reply = match reply {
+                Ok(Some(result)) if !matches!(result, answer::Result::Failure(_)) => {
+                    match meaning(op, wired.route.size(), shard, replica, result, &mut session) {
+                        Some(outcome) => {
+                            answers[index] = Some(Ok(outcome));
+                            continue;
+                        }
+                        // `drive` says that it does not fit.
+                        None => Ok(None),
+                    }
+                }
+                failed => failed,
+            };
+            let (wired, link) = (wired.clone(), link.clone());
+            let (ticket, reply) = (Err(Full), Some(reply));
+            tries[index] = Some(Try { wired, shard, replica, link, ticket, reply, until: now });
+        }
     }
 
     /// Waits for the answer of a first try; `None`: it needs more than that.
@@ -564,22 +653,8 @@ impl Keyspace {
         }
     }
 
-    /// What a store's answer means; the stamp goes into the session. `None`: it does not fit.
     fn outcome(&self, op: &Prepared, tried: &Try, result: answer::Result) -> Option<Outcome> {
-        match (op.kind, result) {
-            (Kind::Read, answer::Result::Found(value)) => Some(Outcome::Found(value.into())),
-            (Kind::Read, answer::Result::Missing(_)) => Some(Outcome::Nothing),
-            (Kind::Write | Kind::Merge, answer::Result::Written(written)) => {
-                let stamp = written.stamp.map(Into::into).unwrap_or_default();
-                let giver = if written.replica == 0 { tried.replica } else { written.replica };
-                self.shared.session().saw(tried.wired.route.size(), tried.shard, giver, stamp);
-                Some(match op.returning {
-                    v1::Returning::Nothing => Outcome::Written(stamp),
-                    _ => Outcome::Returned(stamp, written.value.map(Value::from)),
-                })
-            }
-            _ => None,
-        }
+        meaning(op, tried.wired.route.size(), tried.shard, tried.replica, result, &mut self.shared.session())
     }
 
     /// Tries an operation until its answer or its deadline.
@@ -626,6 +701,31 @@ impl Keyspace {
                 }
             }
         }
+    }
+}
+
+/// What the answer of a replica means; the stamp goes into the session. `None`: it does not fit.
+fn meaning(
+    op: &Prepared,
+    shards: u32,
+    shard: u32,
+    replica: u64,
+    result: answer::Result,
+    session: &mut Session,
+) -> Option<Outcome> {
+    match (op.kind, result) {
+        (Kind::Read, answer::Result::Found(value)) => Some(Outcome::Found(value.into())),
+        (Kind::Read, answer::Result::Missing(_)) => Some(Outcome::Nothing),
+        (Kind::Write | Kind::Merge, answer::Result::Written(written)) => {
+            let stamp = written.stamp.map(Into::into).unwrap_or_default();
+            let giver = if written.replica == 0 { replica } else { written.replica };
+            session.saw(shards, shard, giver, stamp);
+            Some(match op.returning {
+                v1::Returning::Nothing => Outcome::Written(stamp),
+                _ => Outcome::Returned(stamp, written.value.map(Value::from)),
+            })
+        }
+        _ => None,
     }
 }
 

@@ -357,10 +357,10 @@ pub(crate) struct Prepared {
 
 impl Prepared {
     /// The operation on the wire; the pipe gives it its id.
-    pub(crate) fn operation(&self, keyspace: &str, shard: u32, shards: u32, after: Option<Stamp>) -> v1::Operation {
+    pub(crate) fn operation(&self, keyspace: &Bytes, shard: u32, shards: u32, after: Option<Stamp>) -> v1::Operation {
         v1::Operation {
             id: 0,
-            keyspace: keyspace.to_string(),
+            keyspace: keyspace.clone(),
             shard,
             shards,
             key: self.key.clone(),
@@ -479,7 +479,7 @@ mod tests {
         let options = Options::new().ttl(Duration::from_secs(2)).partition_key("p");
         let prepared = Op::put("k", "v").with(options).prepare(1_000, TEN).unwrap();
         assert_eq!(prepared.hash, partition_hash(b"p"));
-        let wire = prepared.operation("uid", 1, 3, None);
+        let wire = prepared.operation(&Bytes::from("uid"), 1, 3, None);
         assert_eq!(wire.partition_key.as_deref(), Some(&b"p"[..]));
         let Some(operation::Kind::Put(put)) = wire.kind else { panic!("{wire:?}") };
         assert_eq!(put.expiry_ms, 3_000);

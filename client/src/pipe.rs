@@ -50,7 +50,15 @@ pub(crate) struct Broken {
     pub(crate) reason: Arc<str>,
 }
 
-type Reply = Result<Option<answer::Result>, Broken>;
+impl Broken {
+    /// It was sent, and no answer came in time.
+    pub(crate) fn late() -> Self {
+        Self { sent: true, reason: "the store did not answer in time".into() }
+    }
+}
+
+/// The answer to an operation, if it has one at all.
+pub(crate) type Reply = Result<Option<answer::Result>, Broken>;
 
 /// A store's hot path. Its task ends when it is dropped.
 pub(crate) struct Pipe {
@@ -251,10 +259,11 @@ impl Shared {
         let mut client =
             StoreClient::new(channel).max_decoding_message_size(MAX_MESSAGE).max_encoding_message_size(MAX_MESSAGE);
         let (alive, mut stopped_reading) = oneshot::channel();
-        let mut answers = match client.pipe(Outgoing { shared: self.clone(), connection, _alive: alive }).await {
-            Ok(response) => response.into_inner(),
-            Err(status) => return describe(&status),
-        };
+        let mut answers =
+            match client.pipe(Outgoing { shared: self.clone(), connection, let_others: true, _alive: alive }).await {
+                Ok(response) => response.into_inner(),
+                Err(status) => return describe(&status),
+            };
         {
             let mut state = self.state();
             self.suspect_until(&mut state, None);
@@ -308,6 +317,8 @@ async fn run(shared: Arc<Shared>, env: Env, address: String, stop: CancellationT
 struct Outgoing {
     shared: Arc<Shared>,
     connection: u64,
+    /// It has waited: the first that is queued then may have others right behind it.
+    let_others: bool,
     /// Tells, by being dropped, that nothing pulls any more.
     _alive: oneshot::Sender<()>,
 }
@@ -315,13 +326,20 @@ struct Outgoing {
 impl Stream for Outgoing {
     type Item = Batch;
 
-    fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Batch>> {
-        let mut state = self.shared.state();
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Batch>> {
+        let shared = self.shared.clone();
+        let mut state = shared.state();
         if state.connection != self.connection || state.closed {
             return Poll::Ready(None);
         }
         if state.queue.is_empty() {
+            self.let_others = true;
             state.sender = Some(cx.waker().clone());
+            return Poll::Pending;
+        }
+        if std::mem::take(&mut self.let_others) {
+            // Whoever is about to queue more, since the last answers woke them together, goes first.
+            cx.waker().wake_by_ref();
             return Poll::Pending;
         }
         Poll::Ready(Some(Batch { operations: state.drain(), answers: Vec::new() }))

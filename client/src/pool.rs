@@ -4,12 +4,14 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
+use futures::future::BoxFuture;
 use tonic::transport::Channel;
 
 use crate::env::Env;
 use crate::error::describe_transport;
 use crate::pipe::{MAX_MESSAGE, Pipe};
 use crate::v1::store_client::StoreClient;
+use crate::v1::{Answer, Operation};
 
 /// The connections to one store.
 pub(crate) struct Link {
@@ -32,6 +34,16 @@ impl Link {
             }
         };
         Ok(StoreClient::new(channel).max_decoding_message_size(MAX_MESSAGE).max_encoding_message_size(MAX_MESSAGE))
+    }
+}
+
+impl Link {
+    /// Starts to ask the store without a connection, where it is one of this process.
+    pub(crate) fn near(&self, operations: Vec<Operation>) -> Result<BoxFuture<'static, Vec<Answer>>, Vec<Operation>> {
+        match self.env.near(&self.address) {
+            Some(answers) => Ok(answers(operations)),
+            None => Err(operations),
+        }
     }
 }
 

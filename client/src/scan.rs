@@ -340,7 +340,7 @@ impl Cursor {
                 let (candidate, link) = wired.pick(self.shard, attempt).ok_or(Stumble::Nobody)?;
                 (self.replica, self.address) = (candidate.replica, candidate.address.clone());
                 let request = ScanRequest {
-                    keyspace: wired.uid.clone(),
+                    keyspace: wired.uid(),
                     shard: self.shard,
                     shards: wired.route.size(),
                     prefix: prefix.clone(),

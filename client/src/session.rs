@@ -3,8 +3,6 @@
 //! *others* gave this client; without that, a write through a replica with a
 //! slow clock could lose to an older one of the same caller.
 
-use std::collections::HashMap;
-
 use crate::value::Stamp;
 
 /// The stamps that one client was given in one keyspace.
@@ -13,8 +11,8 @@ pub(crate) struct Session {
     shards: u32,
     /// The greatest stamp of all earlier sizes: whoever serves a key now may not have given it.
     floor: Stamp,
-    /// For each shard, the greatest stamp that each replica gave.
-    given: HashMap<u32, Vec<(u64, Stamp)>>,
+    /// For each shard, the greatest stamp that each replica gave; as far as any did.
+    given: Vec<Vec<(u64, Stamp)>>,
 }
 
 impl Session {
@@ -25,14 +23,14 @@ impl Session {
             return;
         }
         self.shards = shards;
-        let given = self.given.drain().flat_map(|(_, replicas)| replicas);
+        let given = self.given.drain(..).flatten();
         self.floor = given.map(|(_, stamp)| stamp).fold(self.floor, Ord::max);
     }
 
     /// Merges what was given by replicas that the shard no longer has, so that
     /// years of replacements leave no trace but one stamp.
     pub(crate) fn retain(&mut self, shard: u32, replicas: &[u64]) {
-        let Some(given) = self.given.get_mut(&shard) else { return };
+        let Some(given) = self.given.get_mut(shard as usize) else { return };
         let gone = given.iter().filter(|(id, _)| !replicas.contains(id)).map(|(_, s)| *s).max();
         given.retain(|(id, _)| replicas.contains(id));
         // No replica has the id 0, so this one counts for all.
@@ -42,7 +40,7 @@ impl Session {
     /// What a request to this replica must carry: the greatest stamp that it
     /// may not have seen. `None` when there is none.
     pub(crate) fn after(&self, shard: u32, replica: u64) -> Option<Stamp> {
-        let others = self.given.get(&shard).into_iter().flatten();
+        let others = self.given.get(shard as usize).into_iter().flatten();
         let greatest = others.filter(|(id, _)| *id != replica).map(|(_, s)| *s).fold(self.floor, Ord::max);
         (greatest != Stamp::default()).then_some(greatest)
     }
@@ -54,7 +52,11 @@ impl Session {
             self.floor = self.floor.max(stamp);
             return;
         }
-        let given = self.given.entry(shard).or_default();
+        let shard = shard as usize;
+        if self.given.len() <= shard {
+            self.given.resize_with(shard + 1, Vec::new);
+        }
+        let given = &mut self.given[shard];
         match given.iter_mut().find(|(id, _)| *id == replica) {
             Some((_, greatest)) => *greatest = stamp.max(*greatest),
             None => given.push((replica, stamp)),

@@ -87,13 +87,17 @@ impl Topology {
     /// Owners under `current` do (serving or not yet: a client is only sent to
     /// the serving ones); until the fence, owners under `previous` do as well.
     pub fn accepts_write(&self, replica: u64, partition_hash: u64) -> bool {
-        let owns =
-            |view: &Option<View>| view.as_ref().and_then(|v| v.place(replica)).is_some_and(|p| p.owns(partition_hash));
-        match self.phase() {
-            Phase::Deleting => false,
-            Phase::Switch => owns(&self.current) || owns(&self.previous),
-            _ => owns(&self.current),
-        }
+        self.accepting(replica).any(|place| place.owns(partition_hash))
+    }
+
+    /// The places for which this replica may take a client's write.
+    pub fn accepting(&self, replica: u64) -> impl Iterator<Item = Place<'_>> {
+        let views = match self.phase() {
+            Phase::Deleting => [None, None],
+            Phase::Switch => [self.current.as_ref(), self.previous.as_ref()],
+            _ => [self.current.as_ref(), None],
+        };
+        views.into_iter().flatten().filter_map(move |view| view.place(replica))
     }
 
     /// Whether this replica holds a key with this hash for good under any view:

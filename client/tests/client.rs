@@ -44,7 +44,7 @@ async fn it_is_a_map() {
     assert!(map.get_with("k", owned).await.unwrap().is_some());
     let all: Vec<_> = (0..3).flat_map(|s| cluster.gauge(s).operations()).collect();
     let sent = all.iter().find(|o| o.partition_key.is_some()).unwrap();
-    assert_eq!((sent.shard, sent.shards, sent.keyspace.as_str()), (jump_hash(partition_hash(b"p"), 3), 3, UID));
+    assert_eq!((sent.shard, sent.shards, &sent.keyspace[..]), (jump_hash(partition_hash(b"p"), 3), 3, UID.as_bytes()));
     assert_eq!(map.get("").await.unwrap_err().code(), Code::Invalid);
     let error = map.add("t", 1.0).await.unwrap_err();
     assert_eq!(error.code(), Code::Mismatch, "{error}");

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use rocksdb::ErrorKind;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use vasto_client::v1::Disk;
@@ -176,6 +176,9 @@ enum Kind {
     DeleteRange,
 }
 
+/// A batch that had more does not keep its memory for the next one.
+const KEPT_BYTES: usize = 1 << 20;
+
 /// Changes to be written together.
 #[derive(Clone, Debug, Default)]
 pub struct Batch {
@@ -193,10 +196,14 @@ impl Batch {
         self.writes.push((kind, family, middle, self.bytes.len()));
     }
 
-    /// A record's row and its line in `changes`.
-    pub fn put_record(&mut self, key: &[u8], seq: u64, from: u64, encoded: &[u8]) {
+    /// A record's row and its line in `changes`; `encode` appends the record's encoding.
+    pub fn put_record(&mut self, key: &[u8], seq: u64, from: u64, encode: impl FnOnce(&mut Vec<u8>)) {
         let seq = seq.to_be_bytes();
-        self.add(Kind::Put, Family::Records, &[key], &[&seq, encoded]);
+        self.bytes.extend_from_slice(key);
+        let middle = self.bytes.len();
+        self.bytes.extend_from_slice(&seq);
+        encode(&mut self.bytes);
+        self.writes.push((Kind::Put, Family::Records, middle, self.bytes.len()));
         self.add(Kind::Put, Family::Changes, &[&seq], &[&from.to_be_bytes(), key]);
     }
 
@@ -240,10 +247,39 @@ impl Batch {
         self.bytes.len()
     }
 
+    /// Begins anew, in the memory that it has, unless that is more than most batches need.
+    pub fn clear(&mut self) {
+        if self.bytes.capacity() > KEPT_BYTES {
+            *self = Self::default();
+        }
+        self.bytes.clear();
+        self.writes.clear();
+    }
+
     /// Whether nothing was put.
     pub fn is_empty(&self) -> bool {
         self.writes.is_empty()
     }
+}
+
+/// How far a read goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reach {
+    /// No further than memory, so that it does not block.
+    Memory,
+    /// To the disk.
+    Disk,
+}
+
+/// What a read found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Found<'a> {
+    /// The row's value.
+    Value(&'a [u8]),
+    /// There is no such row.
+    Nothing,
+    /// It is not in memory, and the read was not to go further.
+    NotInMemory,
 }
 
 /// How databases are opened, and what all of a process share: memory bounds, and the disk.
@@ -274,6 +310,9 @@ pub trait Database: View + Send + Sync {
 
     /// A row's value.
     fn get(&self, family: Family, key: &[u8]) -> Result<Option<Bytes>, Error>;
+
+    /// The values of rows of `records`: hands `found` each key's index with what there is, in any order.
+    fn get_many(&self, keys: &[&[u8]], reach: Reach, found: &mut dyn FnMut(usize, Result<Found<'_>, Error>));
 
     /// The last row.
     fn last(&self, family: Family) -> Result<Option<MetaRow>, Error>;
@@ -348,6 +387,32 @@ impl Engine {
         let Some(row) = self.db.get(Family::Records, key)? else { return Ok(None) };
         let Some((seq, _)) = split_row(&row) else { return Err(self.malformed(Family::Records, row.len())) };
         Ok(Some(Row { seq, record: row.slice(8..) }))
+    }
+
+    /// The rows of many records, in the order of their keys; `None`: the row is not in memory, and the read was not to
+    /// go further. They share one allocation.
+    pub fn rows_of(&self, keys: &[&[u8]], reach: Reach) -> Vec<Option<Result<Option<Row>, Error>>> {
+        type At = (u64, std::ops::Range<usize>);
+        let mut bytes = BytesMut::new();
+        let mut rows: Vec<Option<Result<Option<At>, Error>>> = keys.iter().map(|_| None).collect();
+        self.db.get_many(keys, reach, &mut |index, found| {
+            rows[index] = match found {
+                Ok(Found::NotInMemory) => None,
+                Ok(Found::Nothing) => Some(Ok(None)),
+                Ok(Found::Value(row)) => Some(match split_row(row) {
+                    Some((seq, record)) => {
+                        let start = bytes.len();
+                        bytes.extend_from_slice(record);
+                        Ok(Some((seq, start..bytes.len())))
+                    }
+                    None => Err(self.malformed(Family::Records, row.len())),
+                }),
+                Err(error) => Some(Err(error)),
+            };
+        });
+        let bytes = bytes.freeze();
+        let row = |(seq, at)| Row { seq, record: bytes.slice(at) };
+        rows.into_iter().map(|found| found.map(|found| found.map(|found| found.map(row)))).collect()
     }
 
     fn malformed(&self, family: Family, len: usize) -> Error {
@@ -532,7 +597,7 @@ mod tests {
     fn a_batch_gives_back_what_was_put() {
         let mut batch = Batch::default();
         assert!(batch.is_empty());
-        batch.put_record(b"key", 7, 3, b"record");
+        batch.put_record(b"key", 7, 3, |out| out.extend_from_slice(b"record"));
         batch.put_meta(b"", b"");
         batch.delete_row(b"gone");
         batch.trim_changes(4);

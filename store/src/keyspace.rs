@@ -234,25 +234,9 @@ impl Keyspace {
             .collect()
     }
 
-    /// The replica here that reads and writes of a key with this hash go to.
-    pub fn route(&self, partition_hash: u64) -> Option<Arc<Replica>> {
-        let update = self.update.borrow();
-        let topology = update.topology.as_ref()?;
-        let members = self.members();
-        let views =
-            [topology.current.as_ref(), topology.previous.as_ref().filter(|_| topology.phase() == Phase::Switch)];
-        for view in views.into_iter().flatten() {
-            let shard = vasto_client::hash::jump_hash(partition_hash, view.size());
-            let Some(shard) = view.shards.get(shard as usize).filter(|_| topology.phase() != Phase::Deleting) else {
-                continue;
-            };
-            for assignment in shard.replicas.iter().filter(|a| a.store == self.store) {
-                if let Some(Slot::Open(replica)) = members.get(&assignment.replica).map(|m| &m.slot) {
-                    return Some(replica.clone());
-                }
-            }
-        }
-        None
+    /// Where operations go, as it is now: held for no longer than it takes to look.
+    pub fn routes(&self) -> Routes<'_> {
+        Routes { store: &self.store, update: self.update.borrow(), members: self.members() }
     }
 
     /// The greatest clock of the replicas here other than this one.
@@ -724,6 +708,44 @@ impl Keyspace {
             topology: Some((*topology).clone()),
             replicas,
         }
+    }
+}
+
+/// The replicas here by what belongs to them.
+pub struct Routes<'a> {
+    store: &'a str,
+    update: watch::Ref<'a, Arc<KeyspaceUpdate>>,
+    members: std::sync::RwLockReadGuard<'a, BTreeMap<u64, Member>>,
+}
+
+impl Routes<'_> {
+    /// The replica here that reads and writes of a key with this hash go to.
+    pub fn route(&self, partition_hash: u64) -> Option<&Arc<Replica>> {
+        let topology = self.update.topology.as_ref()?;
+        let views =
+            [topology.current.as_ref(), topology.previous.as_ref().filter(|_| topology.phase() == Phase::Switch)];
+        for view in views.into_iter().flatten() {
+            let shard = vasto_client::hash::jump_hash(partition_hash, view.size());
+            let Some(shard) = view.shards.get(shard as usize).filter(|_| topology.phase() != Phase::Deleting) else {
+                continue;
+            };
+            for assignment in shard.replicas.iter().filter(|a| a.store == self.store) {
+                if let Some(Slot::Open(replica)) = self.members.get(&assignment.replica).map(|m| &m.slot) {
+                    return Some(replica);
+                }
+            }
+        }
+        None
+    }
+
+    /// The topology's version.
+    pub fn version(&self) -> u64 {
+        version_of(&self.update)
+    }
+
+    /// The topology, with addresses.
+    pub fn update(&self) -> Arc<KeyspaceUpdate> {
+        self.update.clone()
     }
 }
 

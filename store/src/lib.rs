@@ -8,6 +8,7 @@ pub mod join;
 pub mod merge;
 pub mod record;
 
+mod answer;
 mod build;
 mod clean;
 mod collect;
@@ -148,7 +149,12 @@ where
     let leave = CancellationToken::new();
     let reporting = tokio::spawn(report::run(host.clone(), env.clone(), options.operator, leave.clone()));
     let learning = tokio_util::task::AbortOnDropHandle::new(tokio::spawn(host.clone().learn_from_peers()));
-    let server = server::Server::new(host.clone(), env, options.monitor.counts());
+    let answerer = answer::Answerer::new(host.clone(), env.clone(), options.monitor.counts());
+    let offer = env.offer(&address, {
+        let answerer = answerer.clone();
+        move |operations| Box::pin(answerer.clone().answer(operations))
+    });
+    let server = server::Server::new(host.clone(), env, answerer, options.monitor.counts());
     let cut = CancellationToken::new();
     let incoming = connections.map(|c| c.map(|connection| cut::Cut::new(connection, &cut)));
     let serving = tonic::transport::Server::builder()
@@ -174,6 +180,7 @@ where
         () = handed_over => Ok(()),
     };
     stop.cancel();
+    drop(offer);
     host.leave();
     leave.cancel();
     drop(learning);

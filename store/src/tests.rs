@@ -130,7 +130,7 @@ fn nothing_is_written_before_its_batch_is() {
     let engine = Engine::open(dir.path(), &*context().storage).unwrap();
     let there = |engine: &Engine| (engine.row(b"key").unwrap().is_some(), engine.changes(0, 9).unwrap().len());
     let mut batch = Batch::default();
-    batch.put_record(b"key", 2, 0, b"x");
+    batch.put_record(b"key", 2, 0, |out| out.extend_from_slice(b"x"));
     assert_eq!(there(&engine), (false, 0));
     engine.write(&batch, false).unwrap();
     assert_eq!(there(&engine), (true, 1));
@@ -423,7 +423,7 @@ async fn a_position_is_not_ahead_of_the_records_that_it_stands_for() {
     let dir = tempfile::tempdir().unwrap();
     let replica = open(dir.path(), &stable(1, &[&[ME, PEER]]));
     let mut damage = Batch::default();
-    damage.put_record(b"damaged", 1, 0, b"no record");
+    damage.put_record(b"damaged", 1, 0, |out| out.extend_from_slice(b"no record"));
     replica.engine.write(&damage, true).unwrap();
     let both = vec![
         (Bytes::from_static(b"fine"), record("fine", 1, Content::Nothing)),

@@ -9,6 +9,7 @@ use std::sync::atomic::Ordering;
 use bytes::Bytes;
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 use vasto_client::env::Env;
+use vasto_client::hash::jump_hash;
 use vasto_client::v1::{FailureCode, Phase, Position, Returning, Topology};
 
 use crate::clock::Clock;
@@ -21,6 +22,8 @@ use crate::replica::Progress;
 
 /// A batch is written when it holds this many bytes, however much more waits.
 const BATCH_BYTES: usize = 4 << 20;
+/// A batch that had more keys does not keep its memory for the next one.
+const KEPT_KEYS: usize = 8 << 10;
 /// Seqs reserved ahead with one sync.
 const SEQ_STEP: u64 = 1 << 20;
 
@@ -130,6 +133,12 @@ pub struct Writer {
     seq: u64,
     seq_ceiling: u64,
     topology: Arc<Topology>,
+    /// By the topology, the shard and the number of shards whose keys clients may write here; looked up once, not
+    /// with each write.
+    accepting: Vec<(u32, u32)>,
+    /// The memory of the last batch, for the next one.
+    batch: Batch,
+    overlay: Overlay,
     limits: Limits,
     positions: BTreeMap<u64, Position>,
     served: bool,
@@ -165,6 +174,9 @@ pub struct Start {
     pub disk_free: Box<dyn FnMut() -> bool + Send>,
 }
 
+/// What a batch has made of keys so far.
+type Overlay = HashMap<Bytes, Option<Record>, foldhash::fast::RandomState>;
+
 type LocalReply = (oneshot::Sender<Vec<Result<Taken, Refused>>>, Vec<Result<Taken, Refused>>);
 
 /// What a batch will answer once it is written.
@@ -194,7 +206,10 @@ impl Writer {
             clock,
             seq,
             seq_ceiling: seq,
+            accepting: accepting(&topology, replica),
             topology,
+            batch: Batch::default(),
+            overlay: Overlay::default(),
             limits,
             positions: positions.into_iter().map(|p| (p.replica, p)).collect(),
             served,
@@ -245,8 +260,7 @@ impl Writer {
         while commands.peek().is_some() {
             self.full = !(self.disk_free)();
             self.progress.full.store(self.full, Ordering::Relaxed);
-            let mut batch = Batch::default();
-            let mut overlay = HashMap::new();
+            let (mut batch, mut overlay) = (std::mem::take(&mut self.batch), std::mem::take(&mut self.overlay));
             let mut pending = Pending::default();
             while batch.size() < BATCH_BYTES {
                 match commands.next() {
@@ -255,18 +269,16 @@ impl Writer {
                     Some(command) => self.add(command, &mut batch, &mut overlay, &mut pending),
                 }
             }
-            self.commit(batch, pending);
+            self.commit(&mut batch, pending);
+            batch.clear();
+            overlay.clear();
+            overlay.shrink_to(KEPT_KEYS);
+            (self.batch, self.overlay) = (batch, overlay);
         }
         stop
     }
 
-    fn add(
-        &mut self,
-        command: Command,
-        batch: &mut Batch,
-        overlay: &mut HashMap<Bytes, Option<Record>>,
-        pending: &mut Pending,
-    ) {
+    fn add(&mut self, command: Command, batch: &mut Batch, overlay: &mut Overlay, pending: &mut Pending) {
         match command {
             Command::Local(writes, reply, _room) => {
                 self.clock.observe(self.progress.passed());
@@ -353,10 +365,11 @@ impl Writer {
             batch.put_served();
             pending.sync = true;
         }
+        self.accepting = accepting(&topology, self.replica);
         self.topology = topology;
     }
 
-    fn existing(&self, key: &Bytes, overlay: &HashMap<Bytes, Option<Record>>) -> Result<Option<Record>, Refused> {
+    fn existing(&self, key: &Bytes, overlay: &Overlay) -> Result<Option<Record>, Refused> {
         if let Some(record) = overlay.get(key) {
             return Ok(record.clone());
         }
@@ -364,27 +377,13 @@ impl Writer {
         row.map(|row| Record::decode(row.record)).transpose().map_err(internal)
     }
 
-    fn put(
-        &mut self,
-        key: Bytes,
-        record: Record,
-        from: u64,
-        batch: &mut Batch,
-        overlay: &mut HashMap<Bytes, Option<Record>>,
-    ) {
+    fn put(&mut self, key: Bytes, record: Record, from: u64, batch: &mut Batch, overlay: &mut Overlay) {
         self.seq += 1;
-        let mut encoded = Vec::new();
-        record.encode(&mut encoded);
-        batch.put_record(&key, self.seq, from, &encoded);
+        batch.put_record(&key, self.seq, from, |out| record.encode(out));
         overlay.insert(key, Some(record));
     }
 
-    fn local(
-        &mut self,
-        write: LocalWrite,
-        batch: &mut Batch,
-        overlay: &mut HashMap<Bytes, Option<Record>>,
-    ) -> Result<Taken, Refused> {
+    fn local(&mut self, write: LocalWrite, batch: &mut Batch, overlay: &mut Overlay) -> Result<Taken, Refused> {
         if self.progress.fault().is_some() {
             return Err(Refused::new(FailureCode::NotReady, self.progress.fault_text()));
         }
@@ -397,7 +396,8 @@ impl Writer {
                 "the store's disk is full: it refuses writes and serves reads; give it more space".to_string(),
             ));
         }
-        if !self.topology.accepts_write(self.replica, write.op.partition_hash) {
+        let hash = write.op.partition_hash;
+        if !self.accepting.iter().any(|(shard, shards)| jump_hash(hash, *shards) == *shard) {
             return Err(Refused::new(
                 FailureCode::WrongShard,
                 format!(
@@ -445,7 +445,7 @@ impl Writer {
         &mut self,
         peer: PeerBatch,
         batch: &mut Batch,
-        overlay: &mut HashMap<Bytes, Option<Record>>,
+        overlay: &mut Overlay,
         pending: &mut Pending,
     ) -> Result<(), Refused> {
         if self.progress.fault().is_some() {
@@ -505,7 +505,7 @@ impl Writer {
         Ok(())
     }
 
-    fn commit(&mut self, mut batch: Batch, pending: Pending) {
+    fn commit(&mut self, batch: &mut Batch, pending: Pending) {
         if batch.is_empty() && !pending.sync {
             self.answer(pending, Ok(()));
             return;
@@ -526,7 +526,7 @@ impl Writer {
         let result = if self.progress.fault().is_some() {
             Err(Refused::new(FailureCode::Internal, self.progress.fault_text()))
         } else {
-            self.engine.write(&batch, sync).map_err(|error| {
+            self.engine.write(batch, sync).map_err(|error| {
                 // After a failed write or sync the log's end is unknown: nothing more is
                 // written by this process.
                 tracing::error!(replica = self.replica, %error, "a write failed; the replica takes no more writes");
@@ -593,6 +593,10 @@ impl Writer {
             tracing::warn!(replica = self.replica, %error, "the stop was not clean");
         }
     }
+}
+
+fn accepting(topology: &Topology, replica: u64) -> Vec<(u32, u32)> {
+    topology.accepting(replica).map(|place| (place.shard, place.shards)).collect()
 }
 
 /// `first`, and what else waits, up to 256 in all.

@@ -16,7 +16,9 @@ use bytes::Bytes;
 use prost::Message;
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use vasto_client::v1;
-use vasto_store::engine::{Batch, Collection, Database, Error, Family, MetaRow, Sorted, Storage, Usage, View, Write};
+use vasto_store::engine::{
+    Batch, Collection, Database, Error, Family, Found, MetaRow, Reach, Sorted, Storage, Usage, View, Write,
+};
 
 use crate::net::elapsed;
 
@@ -348,6 +350,15 @@ impl Database for Memory {
 
     fn get(&self, family: Family, key: &[u8]) -> Result<Option<Bytes>, Error> {
         Ok(self.state().live.0[family as usize].get(key).cloned())
+    }
+
+    /// Nothing is in memory: each read takes the time that work takes.
+    fn get_many(&self, keys: &[&[u8]], reach: Reach, found: &mut dyn FnMut(usize, Result<Found<'_>, Error>)) {
+        let state = self.state();
+        for (index, key) in keys.iter().enumerate() {
+            let row = state.live.0[Family::Records as usize].get(*key).map_or(Found::Nothing, |v| Found::Value(v));
+            found(index, Ok(if reach == Reach::Memory { Found::NotInMemory } else { row }));
+        }
     }
 
     fn last(&self, family: Family) -> Result<Option<MetaRow>, Error> {

@@ -72,7 +72,7 @@ impl Pinned {
         self.next += count as u64;
         let operations = (first..).zip(operations).map(|(id, (key, kind))| Operation {
             id,
-            keyspace: self.at.uid.clone(),
+            keyspace: self.at.uid.clone().into(),
             shard: self.at.shard,
             shards: self.at.shards,
             key,

@@ -6,12 +6,13 @@ use std::sync::Arc;
 use bytes::Bytes;
 use rocksdb::{
     BlockBasedOptions, BottommostLevelCompaction, Cache, ColumnFamily, ColumnFamilyDescriptor, CompactOptions, DB,
-    DBCompressionType, DBRawIterator, DBRecoveryMode, IngestExternalFileOptions, Options, ReadOptions, Snapshot,
-    SstFileWriter, WriteBatch, WriteBufferManager, WriteOptions, compaction_filter::Decision,
+    DBCompressionType, DBPinnableSlice, DBRawIterator, DBRecoveryMode, DataBlockIndexType, ErrorKind,
+    IngestExternalFileOptions, Options, ReadOptions, ReadTier, Snapshot, SstFileWriter, WriteBatch, WriteBufferManager,
+    WriteOptions, compaction_filter::Decision,
 };
 use vasto_client::v1::Disk;
 
-use super::{Batch, Collection, Database, Error, Family, MetaRow, Sorted, Storage, Usage, View, Write};
+use super::{Batch, Collection, Database, Error, Family, Found, MetaRow, Reach, Sorted, Storage, Usage, View, Write};
 
 /// RocksDB in folders, with memory bounds for all of a process's databases together.
 pub struct RocksStorage {
@@ -23,7 +24,8 @@ impl RocksStorage {
     /// `cache_bytes` for blocks and `write_buffer_bytes` for memtables, over all replicas together.
     pub fn new(cache_bytes: usize, write_buffer_bytes: usize) -> Self {
         Self {
-            cache: Cache::new_lru_cache(cache_bytes),
+            // Many threads read at once; 0: it finds out for itself how large its entries are.
+            cache: Cache::new_hyper_clock_cache(cache_bytes, 0),
             write_buffers: WriteBufferManager::new_write_buffer_manager(write_buffer_bytes, false),
         }
     }
@@ -35,6 +37,8 @@ impl RocksStorage {
         table.set_pin_l0_filter_and_index_blocks_in_cache(true);
         table.set_format_version(5);
         if filter {
+            // Keys are looked up one by one more often than walked through.
+            table.set_data_block_index_type(DataBlockIndexType::BinaryAndHash);
             table.set_bloom_filter(10.0, false);
             table.set_optimize_filters_for_memory(true);
         }
@@ -45,6 +49,9 @@ impl RocksStorage {
         let mut records = Options::default();
         records.set_write_buffer_size(16 << 20);
         records.set_max_write_buffer_number(3);
+        // So that a key that is not in a memtable is not looked for in it.
+        records.set_memtable_whole_key_filtering(true);
+        records.set_memtable_prefix_bloom_ratio(0.02);
         records.set_level_compaction_dynamic_level_bytes(true);
         records.set_compression_type(DBCompressionType::Lz4);
         records.set_bottommost_compression_type(DBCompressionType::Zstd);
@@ -193,6 +200,31 @@ impl Database for Rocks {
     fn get(&self, family: Family, key: &[u8]) -> Result<Option<Bytes>, Error> {
         let found = self.db.get_pinned_cf(self.cf(family), key).map_err(self.failed())?;
         Ok(found.map(|value| Bytes::copy_from_slice(&value)))
+    }
+
+    fn get_many(&self, keys: &[&[u8]], reach: Reach, found: &mut dyn FnMut(usize, Result<Found<'_>, Error>)) {
+        let mut options = ReadOptions::default();
+        if reach == Reach::Memory {
+            options.set_read_tier(ReadTier::BlockCache);
+        }
+        let cf = self.cf(Family::Records);
+        let mut tell = |index, row: Result<Option<DBPinnableSlice<'_>>, rocksdb::Error>| match row {
+            Ok(Some(row)) => found(index, Ok(Found::Value(&row))),
+            Ok(None) => found(index, Ok(Found::Nothing)),
+            Err(error) if reach == Reach::Memory && error.kind() == ErrorKind::Incomplete => {
+                found(index, Ok(Found::NotInMemory));
+            }
+            Err(error) => found(index, Err(self.failed()(error))),
+        };
+        if reach == Reach::Memory || keys.len() == 1 {
+            // One by one: by memory alone, MultiGet tells of a block that is not there as of an empty value.
+            for (index, key) in keys.iter().enumerate() {
+                tell(index, self.db.get_pinned_cf_opt(cf, key, &options));
+            }
+            return;
+        }
+        let rows = self.db.batched_multi_get_cf_opt(cf, keys.iter().copied(), false, &options);
+        rows.into_iter().enumerate().for_each(|(index, row)| tell(index, row));
     }
 
     fn last(&self, family: Family) -> Result<Option<MetaRow>, Error> {

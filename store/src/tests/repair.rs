@@ -18,6 +18,7 @@ use vasto_client::v1::{
 };
 
 use super::{context, kind, one, put, record, set};
+use crate::answer::Answerer;
 use crate::dir::Dir;
 use crate::engine::Batch;
 use crate::host::Host;
@@ -50,7 +51,9 @@ impl Pair {
             let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
             let address = listener.local_addr().unwrap().to_string();
             let host = Host::open(&name, None, address.clone(), Dir::open(dir.path(), &name).unwrap(), context());
-            let server = Server::new(host.clone(), Env::real(), Monitor::new().counts());
+            let counts = Monitor::new().counts();
+            let answerer = Answerer::new(host.clone(), Env::real(), counts.clone());
+            let server = Server::new(host.clone(), Env::real(), answerer, counts);
             let serving = tonic::transport::Server::builder()
                 .add_service(PeerServer::new(server.clone()))
                 .add_service(StoreServer::new(server.clone()))
@@ -180,7 +183,7 @@ async fn what_was_lost_or_altered_under_the_engine_comes_back() {
     lose(&b, &["key-001500"]);
     let older = record("key-000700", 1, Content::Bytes(Bytes::from_static(b"spoilt"))).encoded();
     let mut batch = Batch::default();
-    batch.put_record(b"key-000700", b.progress.last_seq(), 0, &older);
+    batch.put_record(b"key-000700", b.progress.last_seq(), 0, |out| out.extend_from_slice(&older));
     b.engine.write(&batch, true).unwrap();
     let spoilt = pair.hashes().await;
     assert!(spoilt[0] != spoilt[1] && spoilt[0] != whole[0] && spoilt[1] != whole[1]);
@@ -228,7 +231,7 @@ async fn a_tombstone_that_one_has_collected_is_no_difference_and_comes_not_back(
     // But a tombstone that was lost while the value came back is one.
     let (seq, old) = (b.progress.last_seq(), record("key-000008", 1, Content::Bytes(Bytes::from_static(b"old"))));
     let mut batch = Batch::default();
-    batch.put_record(b"key-000008", seq, 0, &old.encoded());
+    batch.put_record(b"key-000008", seq, 0, |out| old.encode(out));
     b.engine.write(&batch, true).unwrap();
     assert_eq!(kind(&b, "key-000008"), Kind::Bytes);
     assert_eq!(pair.rounds().await, [(0, 0), (1, 1)]);

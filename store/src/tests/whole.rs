@@ -25,6 +25,7 @@ use vasto_client::v1::{
 };
 
 use super::context;
+use crate::answer::Answerer;
 use crate::dir::Dir;
 use crate::engine::Engine;
 use crate::host::Host;
@@ -40,8 +41,12 @@ fn host(dir: &Path, only: Option<&str>) -> Arc<Host> {
     Host::open("store-0", only, "here:1".into(), Dir::open(dir, "store-0").unwrap(), context())
 }
 
+fn answerer(host: &Arc<Host>) -> Answerer {
+    Answerer::new(host.clone(), Env::real(), Monitor::new().counts())
+}
+
 fn server(host: &Arc<Host>) -> Server {
-    Server::new(host.clone(), Env::real(), Monitor::new().counts())
+    Server::new(host.clone(), Env::real(), answerer(host), Monitor::new().counts())
 }
 
 /// One shard, on the first of these stores and so on; 0: to be made.
@@ -105,8 +110,8 @@ fn getting(id: u64, key: &str) -> Operation {
     operation(id, key, operation::Kind::Get(Get {}))
 }
 
-fn batch(operations: impl IntoIterator<Item = Operation>) -> Batch {
-    Batch { operations: operations.into_iter().collect(), answers: Vec::new() }
+fn batch(operations: impl IntoIterator<Item = Operation>) -> Vec<Operation> {
+    operations.into_iter().collect()
 }
 
 fn refusal(answer: &Answer) -> Option<(FailureCode, &str)> {
@@ -125,9 +130,9 @@ async fn a_write_tells_what_was_there_or_is_and_a_head_leaves_out_the_bytes() {
     let dir = tempfile::tempdir().unwrap();
     let host = host(dir.path(), Some(UID));
     make(&host).await;
-    let server = server(&host);
+    let server = answerer(&host);
     let ask = async |operation: Operation| {
-        let answer = server.answer(batch([operation])).await.pop().unwrap().result.unwrap();
+        let answer = server.clone().answer(batch([operation])).await.pop().unwrap().result.unwrap();
         match answer {
             answer::Result::Written(written) => written.value,
             answer::Result::Found(value) => Some(value),
@@ -215,7 +220,7 @@ async fn a_replicas_stamps_are_past_those_of_the_others_on_its_store() {
     tokio::time::timeout(PATIENCE, born).await.expect("candidates of empty shards are born");
     host.install(update(Topology { current: both(ids), ..stable(UID, 3, &[]) })).await;
 
-    let server = server(&host);
+    let server = answerer(&host);
     let stamp = |answer: &Answer| match &answer.result {
         Some(answer::Result::Written(written)) => written.stamp.unwrap().time,
         other => panic!("{other:?}"),
@@ -225,10 +230,10 @@ async fn a_replicas_stamps_are_past_those_of_the_others_on_its_store() {
     // One's clock is ahead, as after a write of a caller that was elsewhere before.
     let ahead = v1::Stamp { time: crate::record::time_of(Env::real().now_ms() + 5_000), origin: 3 };
     let pulled = Operation { after: Some(ahead), ..putting(1, &of(0)) };
-    let before = stamp(&server.answer(batch([pulled])).await[0]);
+    let before = stamp(&server.clone().answer(batch([pulled])).await[0]);
     assert!(before > ahead.time);
     // The caller knows only of one shard yet, and takes the same replica for this key's: it need not tell its stamps.
-    let after = stamp(&server.answer(batch([putting(2, &of(1))])).await[0]);
+    let after = stamp(&server.clone().answer(batch([putting(2, &of(1))])).await[0]);
     assert!(after > before, "{after} after {before}");
     host.stop().await;
 }
@@ -387,7 +392,7 @@ async fn a_store_is_ready_when_it_serves_what_it_is_assigned() {
     again.resume().await;
     let why = again.ready().unwrap_err();
     assert!(why.contains("shop/orders") && why.contains("topology version 5"), "{why}");
-    let answers = server(&again).answer(batch([putting(1, "key")])).await;
+    let answers = answerer(&again).answer(batch([putting(1, "key")])).await;
     let waits =
         |(code, words): (FailureCode, &str)| code == FailureCode::NotReady && words.contains("current topology");
     assert!(refusal(&answers[0]).is_some_and(waits), "what it knew may be long past: {answers:?}");
@@ -398,7 +403,7 @@ async fn a_store_is_ready_when_it_serves_what_it_is_assigned() {
     again.leave();
     assert!(again.ready().unwrap_err().contains("stopping"));
     // At once, whatever the writer is at.
-    let answers = server(&again).answer(batch([putting(1, "key")])).await;
+    let answers = answerer(&again).answer(batch([putting(1, "key")])).await;
     assert!(
         refusal(&answers[0]).is_some_and(|(code, words)| code == FailureCode::NotReady && words.contains("stopping"))
     );
@@ -421,8 +426,8 @@ async fn a_leaving_store_refuses_writes_answers_reads_and_waits_for_its_follower
     let dir = tempfile::tempdir().unwrap();
     let host = host(dir.path(), None);
     let id = make(&host).await;
-    let server = server(&host);
-    assert_eq!(refusal(&server.answer(batch([putting(1, "key")])).await[0]), None);
+    let server = answerer(&host);
+    assert_eq!(refusal(&server.clone().answer(batch([putting(1, "key")])).await[0]), None);
     let replica = host.keyspace(UID).unwrap().replica(id).unwrap();
     let (slow, gone) = (replica.progress.connected(7), replica.progress.connected(8));
     let connected_twice = replica.progress.connected(7);
@@ -431,7 +436,7 @@ async fn a_leaving_store_refuses_writes_answers_reads_and_waits_for_its_follower
     let mut handing_over = tokio::spawn(async move { leave::hand_over(&leaving).await });
     // The writer itself refuses, so that nothing that was on its way slips in behind.
     let refused = async {
-        while refusal(&server.answer(batch([putting(2, "late")])).await[0]).is_none() {}
+        while refusal(&server.clone().answer(batch([putting(2, "late")])).await[0]).is_none() {}
         loop {
             let change = super::set("late", crate::record::Content::Nothing);
             if let Err(refused) = super::one(&replica, change).await {
@@ -443,7 +448,7 @@ async fn a_leaving_store_refuses_writes_answers_reads_and_waits_for_its_follower
     assert!(host.ready().unwrap_err().contains("stopping"));
     assert_eq!(refused.code, FailureCode::NotReady);
     assert!(refused.message.contains("stopping"), "{refused:?}");
-    let answers = server.answer(batch([putting(3, "late"), getting(4, "key")])).await;
+    let answers = server.clone().answer(batch([putting(3, "late"), getting(4, "key")])).await;
     let put = answers.iter().find(|a| a.id == 3).unwrap();
     assert_eq!(
         refusal(put).map(|(code, words)| (code, words.contains("stopping"))),
@@ -469,7 +474,7 @@ async fn a_store_that_nobody_follows_leaves_at_once() {
     let dir = tempfile::tempdir().unwrap();
     let host = host(dir.path(), None);
     make(&host).await;
-    server(&host).answer(batch((0..100).map(|i| putting(i, &format!("key-{i}"))))).await;
+    answerer(&host).answer(batch((0..100).map(|i| putting(i, &format!("key-{i}"))))).await;
     let begin = Instant::now();
     leave::hand_over(&host).await;
     assert!(begin.elapsed() < Duration::from_secs(1), "{:?}", begin.elapsed());
@@ -589,7 +594,7 @@ impl Running {
     }
 
     async fn answers(&self, operations: impl IntoIterator<Item = Operation>) -> Vec<Answer> {
-        let batch = batch(operations);
+        let batch = Batch { operations: batch(operations), answers: Vec::new() };
         let count = batch.operations.len();
         let mut client = StoreClient::new(Env::real().dial(&self.address).unwrap());
         // Endless, as a client's own: the store ends with it.
