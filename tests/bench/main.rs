@@ -15,6 +15,7 @@ mod redis;
 mod report;
 mod sample;
 mod vasto;
+mod watchers;
 mod ycsb;
 
 use std::collections::BTreeSet;
@@ -36,6 +37,7 @@ const FREE_DISK: u64 = 6 << 30;
 const FILES: &str = "files";
 const YCSB: &str = "ycsb";
 const GROWTH: &str = "growth";
+const WATCHERS: &str = "watchers";
 
 /// Runs Vasto and its peers in turn and prints ratios.
 #[derive(Parser, Debug)]
@@ -47,10 +49,13 @@ struct Args {
     /// How long each measurement takes.
     #[arg(long, value_name = "S", default_value_t = 4.0, value_parser = seconds)]
     seconds: f64,
-    /// Only these comparisons, or groups of them; files, ycsb and growth are groups too.
+    /// Only these comparisons, or groups of them; files, ycsb, growth and watchers are groups too.
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]
     only: Vec<String>,
-    /// For a look: 2 rounds of 2 s.
+    /// Topology watchers of one operator (10,000 unless given).
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(10..=50_000))]
+    watchers: Option<u32>,
+    /// For a look: 2 rounds of 2 s, and 1,000 watchers.
     #[arg(long, conflicts_with_all = ["rounds", "seconds"])]
     quick: bool,
     /// The regression bench: few short rounds, and it fails if the best ratio of the rounds is below its floor.
@@ -86,6 +91,8 @@ enum Child {
     EtcdLoad(etcd::EtcdLoad),
     #[command(hide = true)]
     Resize(files::Resize),
+    #[command(hide = true)]
+    TopologyServer(watchers::Serve),
 }
 
 /// A choice as the command line has it.
@@ -126,6 +133,7 @@ fn main() -> ExitCode {
         Some(Child::Embedded(embedded)) => embedded::run(embedded).map(|()| true),
         Some(Child::EtcdLoad(load)) => etcd::run(load).map(|()| true),
         Some(Child::Resize(resize)) => files::run_resize(resize).map(|()| true),
+        Some(Child::TopologyServer(serve)) => watchers::serve(serve).map(|()| true),
         None => bench(args),
     };
     match done {
@@ -148,7 +156,9 @@ fn bench(args: Args) -> anyhow::Result<bool> {
     if rows.is_empty() && parts.is_empty() {
         bail!("nothing is left to be measured: all that --only names needs a peer that is missing or left out");
     }
-    vasto::binary()?;
+    if !rows.is_empty() || parts.iter().any(|part| *part != WATCHERS) {
+        vasto::binary()?;
+    }
 
     let parent = args.folder.clone().unwrap_or_else(std::env::temp_dir);
     check_disk(&parent)?;
@@ -172,6 +182,7 @@ fn bench(args: Args) -> anyhow::Result<bool> {
         measured: Vec::new(),
         ycsb: Vec::new(),
         growth: Vec::new(),
+        watchers: None,
         notes: Vec::new(),
     };
     if !left_out.is_empty() {
@@ -193,6 +204,11 @@ fn bench(args: Args) -> anyhow::Result<bool> {
     if parts.contains(GROWTH) {
         report.growth = growth::run(&bench)?;
     }
+    if parts.contains(WATCHERS) {
+        bench.say("watchers of one operator");
+        let size = args.watchers.unwrap_or(if args.quick { 1_000 } else { 10_000 });
+        report.watchers = Some(watchers::run(&watchers::Size::of(size as usize))?);
+    }
 
     print!("{}", report.text());
     if let Some(file) = &args.json {
@@ -213,7 +229,7 @@ fn bench(args: Args) -> anyhow::Result<bool> {
 /// The comparisons that were asked for, and the other parts.
 fn chosen(args: &Args) -> anyhow::Result<(Vec<Row>, BTreeSet<&'static str>)> {
     let mut rows = compare::rows();
-    let mut parts = BTreeSet::from([FILES, YCSB, GROWTH]);
+    let mut parts = BTreeSet::from([FILES, YCSB, GROWTH, WATCHERS]);
     if args.check {
         rows.retain(|row| row.floor.is_some());
         parts.clear();

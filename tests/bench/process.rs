@@ -96,11 +96,20 @@ pub fn cpu_of(pid: u32) -> anyhow::Result<Duration> {
 
 /// The most memory that a process has held, in bytes.
 pub fn peak_memory_of(pid: u32) -> anyhow::Result<u64> {
+    memory(pid, "VmHWM")
+}
+
+/// The memory that a process holds, in bytes.
+pub fn memory_of(pid: u32) -> anyhow::Result<u64> {
+    memory(pid, "VmRSS")
+}
+
+fn memory(pid: u32, field: &str) -> anyhow::Result<u64> {
     let path = format!("/proc/{pid}/status");
     let text = std::fs::read_to_string(&path).with_context(|| format!("can't read {path}"))?;
-    let line = text.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    let line = text.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
     let kilobytes = line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<u64>().ok());
-    Ok(kilobytes.with_context(|| format!("{path} has no VmHWM"))? * 1024)
+    Ok(kilobytes.with_context(|| format!("{path} has no {field}"))? * 1024)
 }
 
 /// Runs a measurement and adds what it cost the server with this pid.

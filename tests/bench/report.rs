@@ -7,6 +7,7 @@ use anyhow::{Context as _, bail};
 use serde::Serialize;
 
 use crate::sample::{Sample, median};
+use crate::watchers::{self, Figure};
 
 /// Between these the file is written by `--write`; the rest of it is a person's.
 const BEGIN: &str = "<!-- generated: begin -->";
@@ -185,6 +186,7 @@ pub struct Report {
     pub measured: Vec<Measured>,
     pub ycsb: Vec<Measured>,
     pub growth: Vec<Measured>,
+    pub watchers: Option<watchers::Report>,
     pub notes: Vec<String>,
 }
 
@@ -200,6 +202,10 @@ impl Report {
                 let (titles, rows) = Measured::rows(measured);
                 text += &format!("\n{}", table(&titles, &rows));
             }
+        }
+        if let Some(watchers) = &self.watchers {
+            let rows: Vec<_> = watchers.figures.iter().map(Figure::cells).collect();
+            text += &format!("\n{}\n{}", watchers.line(), table(&Figure::TITLES, &rows));
         }
         for note in &self.notes {
             text += &format!("\n{note}\n");
@@ -258,6 +264,15 @@ impl Report {
                 let (titles, rows) = Measured::rows(measured);
                 text += &format!("\n## {title}\n\n{words}\n\n{}", markdown_table(&titles, &rows));
             }
+        }
+        if let Some(watchers) = &self.watchers {
+            let rows: Vec<_> = watchers.figures.iter().map(Figure::cells).collect();
+            text += &format!(
+                "\n## Watchers of one operator\n\n{}. The operator's topology server in a process of its own, its watchers \
+                 in another on the same cores. All of them watch one keyspace, each one or two others too.\n\n{}",
+                watchers.line(),
+                markdown_table(&Figure::TITLES, &rows)
+            );
         }
         for note in &self.notes {
             text += &format!("\n{note}\n");
@@ -436,6 +451,7 @@ mod tests {
             measured: Vec::new(),
             ycsb: Vec::new(),
             growth: Vec::new(),
+            watchers: None,
             notes: Vec::new(),
         };
         let (text, passed, failed) = report.check();
