@@ -7,7 +7,7 @@ mod streams;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -77,6 +77,8 @@ struct Index {
     described: BTreeMap<String, Arc<Keyspace>>,
     stores: BTreeMap<StoreKey, Store>,
     watchers: BTreeMap<u64, Watcher>,
+    /// By uid, for what a driver has asked since the last commit.
+    waits: BTreeMap<String, Wait>,
     dirty: Dirty,
 }
 
@@ -96,6 +98,12 @@ fn serving<'a>(stores: &'a BTreeMap<StoreKey, Store>, uid: &'a str) -> impl Iter
 struct Name {
     claimed: bool,
     shown: watch::Sender<Shown>,
+}
+
+impl Name {
+    fn needed(&self) -> bool {
+        self.claimed || self.shown.receiver_count() > 0
+    }
 }
 
 /// What a watcher is to be told of a name.
@@ -145,6 +153,27 @@ struct Watcher {
     names: BTreeSet<String>,
     /// Uid -> version.
     known: BTreeMap<String, u64>,
+}
+
+impl Watcher {
+    fn knows(&self, uid: &str, version: u64) -> bool {
+        self.known.get(uid).is_some_and(|known| *known >= version)
+    }
+}
+
+/// A driver waits until all who watch a keyspace know a version of it. Their acknowledgements come by the thousand;
+/// only the last one is worth waking it.
+struct Wait {
+    name: String,
+    version: u64,
+    behind: HashSet<u64>,
+}
+
+impl Wait {
+    /// This watcher has acknowledged, or has gone; says whether that was the last one.
+    fn done(&mut self, id: u64) -> bool {
+        self.behind.remove(&id) && self.behind.is_empty()
+    }
 }
 
 /// Keyspaces (by uid) that a driver should look at again.
@@ -277,7 +306,7 @@ impl Hub {
         for name in index.names.values().filter(|n| !n.claimed) {
             name.shown.send_replace(Shown::Missing);
         }
-        index.sweep();
+        index.names.retain(|_, name| name.needed());
     }
 
     /// Hands a committed topology to the stores that it concerns. What is older
@@ -297,6 +326,8 @@ impl Hub {
             update: self.encode_for_stores(&index, &topology),
             topology,
         };
+        // Whoever still waits asks again.
+        index.waits.remove(&committed.topology.uid);
         index.committed.insert(committed.topology.uid.clone(), committed);
         self.tell_stores(&index);
     }
@@ -323,6 +354,7 @@ impl Hub {
     pub fn forget(&self, uid: &str) {
         let mut index = self.index();
         index.committed.remove(uid);
+        index.waits.remove(uid);
         index.described.remove(uid);
     }
 
@@ -353,11 +385,18 @@ impl Hub {
         self.0.leader.borrow().clone()
     }
 
-    /// Whether someone who watches this keyspace has not said yet that it knows this version.
+    /// Whether someone who watches this keyspace has not said yet that it knows this version. If so, the driver is
+    /// woken once nobody is behind any more.
     pub fn watchers_behind(&self, name: &str, uid: &str, version: u64) -> bool {
-        let index = self.index();
-        let mut watching = index.watchers.values().filter(|w| w.names.contains(name));
-        watching.any(|w| w.known.get(uid).is_none_or(|known| *known < version))
+        let Index { watchers, waits, .. } = &mut *self.index();
+        if let Some(wait) = waits.get(uid).filter(|w| w.version == version && w.name == name) {
+            return !wait.behind.is_empty();
+        }
+        let behind = watchers.iter().filter(|(_, w)| w.names.contains(name) && !w.knows(uid, version));
+        let wait = Wait { name: name.to_owned(), version, behind: behind.map(|(id, _)| *id).collect() };
+        let any = !wait.behind.is_empty();
+        waits.insert(uid.to_owned(), wait);
+        any
     }
 
     /// Every store that was heard of, with what it says of this keyspace.
@@ -465,22 +504,33 @@ impl Hub {
         let mut index = self.index();
         let index = &mut *index;
         let Some(watcher) = index.watchers.get_mut(&id) else { return Ok(Vec::new()) };
-        watcher.names.extend(request.keyspaces.iter().map(|name| short(name).to_owned()));
+        let mut wake = false;
         for known in request.known {
-            let version = watcher.known.entry(known.uid.clone()).or_default();
-            if known.version > *version {
-                *version = known.version;
-                if index.committed.contains_key(&known.uid) {
-                    index.dirty.add(&known.uid);
+            let wait = index.waits.get_mut(&known.uid).filter(|wait| wait.version <= known.version);
+            if wait.is_some_and(|wait| wait.done(id)) {
+                index.dirty.add(&known.uid);
+                wake = true;
+            }
+            let version = watcher.known.entry(known.uid).or_default();
+            *version = known.version.max(*version);
+        }
+        for name in &request.keyspaces {
+            let name = short(name);
+            watcher.names.insert(name.to_owned());
+            for (uid, wait) in index.waits.iter_mut().filter(|(_, wait)| wait.name == name) {
+                if !watcher.knows(uid, wait.version) {
+                    wait.behind.insert(id);
                 }
             }
+        }
+        if wake {
+            self.0.wake.notify_one();
         }
         if watcher.names.len() > MAX_NAMES || watcher.known.len() > 4 * MAX_NAMES {
             return Err(Status::resource_exhausted(format!(
                 "one stream watches at most {MAX_NAMES} keyspaces; open another for the rest"
             )));
         }
-        self.0.wake.notify_one();
         let subscribe = |name: String| {
             let receiver = index.name(short(&name)).shown.subscribe();
             (name, receiver)
@@ -492,14 +542,17 @@ impl Hub {
         let mut index = self.index();
         let index = &mut *index;
         let watcher = index.watchers.remove(&id).unwrap_or_default();
-        // Whoever waited for this one waits no longer.
-        for name in &watcher.names {
-            if let Some(Shown::Update(update)) = index.names.get(name).map(|n| n.shown.borrow().clone()) {
-                index.dirty.add(&update.uid);
+        let mut wake = false;
+        for (uid, wait) in &mut index.waits {
+            if wait.done(id) {
+                index.dirty.add(uid);
+                wake = true;
             }
         }
-        index.sweep();
-        self.0.wake.notify_one();
+        watcher.names.iter().for_each(|name| index.sweep(name));
+        if wake {
+            self.0.wake.notify_one();
+        }
     }
 
     /// The first report of a stream: from now on this stream speaks for the store.
@@ -703,12 +756,14 @@ impl Index {
             entry.claimed = false;
             entry.shown.send_replace(shown);
         }
-        self.sweep();
+        self.sweep(name);
     }
 
-    /// Forgets names that are no keyspace's and that nobody watches.
-    fn sweep(&mut self) {
-        self.names.retain(|_, name| name.claimed || name.shown.receiver_count() > 0);
+    /// Forgets a name that is no keyspace's and that nobody watches.
+    fn sweep(&mut self, name: &str) {
+        if self.names.get(name).is_some_and(|name| !name.needed()) {
+            self.names.remove(name);
+        }
     }
 
     /// The store of this name that serves this keyspace.

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use futures::StreamExt;
+use futures::{FutureExt, StreamExt};
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
@@ -45,6 +45,12 @@ impl<Q, A> Talk<Q, A> {
 }
 
 impl Talk<WatchRequest, WatchResponse> {
+    /// Says that it knows this, and waits until that was heard: a question that comes with it is answered after.
+    async fn acknowledge(&mut self, uid: &str, version: u64) {
+        self.say(request(&["missing"], &[(uid, version)])).await;
+        assert_eq!(self.hear().await.event, Some(Event::Missing("missing".to_owned())));
+    }
+
     async fn version(&mut self) -> u64 {
         match self.hear().await.event {
             Some(Event::Update(update)) => update.topology.unwrap().version,
@@ -94,6 +100,15 @@ impl Bench {
         })
         .await;
     }
+
+    /// What the driver was woken for; nothing if it was not.
+    fn woken(&self) -> Option<Dirty> {
+        self.hub.wait().now_or_never().map(|()| self.hub.take_dirty())
+    }
+}
+
+fn dirty(uid: &str) -> Dirty {
+    Dirty::Some(BTreeSet::from([uid.to_owned()]))
 }
 
 fn request(names: &[&str], known: &[(&str, u64)]) -> WatchRequest {
@@ -132,7 +147,7 @@ async fn watchers_get_the_latest_and_say_what_they_know() {
     assert!(bench.hub.watchers_behind("a", "a-uid", 1));
     watcher.say(request(&[], &[("a-uid", 1)])).await;
     bench.until(|hub| !hub.watchers_behind("a", "a-uid", 1)).await;
-    assert_eq!(bench.hub.take_dirty(), Dirty::Some(BTreeSet::from(["a-uid".to_owned()])));
+    assert_eq!(bench.hub.take_dirty(), dirty("a-uid"));
 
     // Committed is not yet published.
     bench.hub.commit(Arc::new(topology("a", 2, &["s"])));
@@ -143,6 +158,79 @@ async fn watchers_get_the_latest_and_say_what_they_know() {
     assert!(!bench.hub.watchers_behind("b", "b-uid", 3), "nobody watches it");
     drop(watcher);
     bench.until(|hub| !hub.watchers_behind("a", "a-uid", 3)).await;
+}
+
+#[tokio::test]
+async fn only_the_last_acknowledgement_that_is_waited_for_wakes_the_driver() {
+    let bench = Bench::new().await;
+    bench.hub.settle();
+    bench.publish(topology("a", 1, &["s"]));
+    let (mut first, mut second) = (bench.watch(&["a"], &[]).await, bench.watch(&["a"], &[]).await);
+    for watcher in [&mut first, &mut second] {
+        assert_eq!(watcher.version().await, 1);
+        watcher.acknowledge("a-uid", 1).await;
+    }
+    assert_eq!(bench.woken(), None, "nobody waits");
+    assert_eq!(bench.hub.take_dirty(), Dirty::default());
+
+    bench.publish(topology("a", 2, &["s"]));
+    assert!(bench.hub.watchers_behind("a", "a-uid", 2));
+    assert_eq!((first.version().await, second.version().await), (2, 2));
+    first.acknowledge("a-uid", 1).await;
+    first.acknowledge("a-uid", 2).await;
+    first.acknowledge("another-uid", 2).await;
+    assert_eq!(bench.woken(), None, "the second is behind");
+    second.acknowledge("a-uid", 2).await;
+    assert_eq!(bench.woken(), Some(dirty("a-uid")));
+    assert!(!bench.hub.watchers_behind("a", "a-uid", 2));
+
+    // What was asked of an older version counts no more.
+    bench.publish(topology("a", 3, &["s"]));
+    assert!(bench.hub.watchers_behind("a", "a-uid", 3));
+    assert_eq!((first.version().await, second.version().await), (3, 3));
+    first.acknowledge("a-uid", 3).await;
+    second.acknowledge("a-uid", 2).await;
+    assert_eq!(bench.woken(), None);
+    assert!(bench.hub.watchers_behind("a", "a-uid", 3));
+}
+
+#[tokio::test]
+async fn who_comes_and_goes_while_watchers_are_waited_for_counts() {
+    let bench = Bench::new().await;
+    bench.hub.settle();
+    bench.publish(topology("a", 1, &["s"]));
+    let mut first = bench.watch(&["a"], &[]).await;
+    assert_eq!(first.version().await, 1);
+    assert!(bench.hub.watchers_behind("a", "a-uid", 1));
+
+    let mut second = bench.watch(&["a"], &[]).await;
+    assert_eq!(second.version().await, 1);
+    // Whoever comes with the version is not waited for.
+    let mut knows = bench.watch(&["a"], &[("a-uid", 1)]).await;
+    assert_eq!(knows.version().await, 1);
+    first.acknowledge("a-uid", 1).await;
+    assert_eq!(bench.woken(), None, "the second came meanwhile");
+    assert!(bench.hub.watchers_behind("a", "a-uid", 1));
+    second.acknowledge("a-uid", 1).await;
+    assert_eq!(bench.woken(), Some(dirty("a-uid")));
+
+    // Someone else comes, and goes without a word.
+    let mut third = bench.watch(&["a"], &[]).await;
+    assert_eq!(third.version().await, 1);
+    assert!(bench.hub.watchers_behind("a", "a-uid", 1));
+    drop(third);
+    within(bench.hub.wait()).await;
+    assert_eq!(bench.hub.take_dirty(), dirty("a-uid"));
+    assert!(!bench.hub.watchers_behind("a", "a-uid", 1));
+    // Those who are not waited for may go unnoticed.
+    drop(second);
+    within(async {
+        while bench.hub.counts().1 > 2 {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+    assert_eq!(bench.woken(), None);
 }
 
 #[tokio::test]
