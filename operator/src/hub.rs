@@ -2,6 +2,7 @@
 //! topologies go out from here, to the stores they concern and to every client that
 //! watches. It decides nothing; a driver does, by what it sees here.
 
+mod serve;
 mod service;
 mod streams;
 #[cfg(test)]
@@ -25,6 +26,7 @@ use vasto_client::v1::{
 };
 use vasto_crds::Keyspace;
 
+pub use serve::{connections, server};
 pub use service::OperatorService;
 
 /// A store that has said nothing for this long is away.
@@ -676,6 +678,16 @@ impl Hub {
             }
         }
         Ok((!bytes.is_empty()).then(|| bytes.freeze()))
+    }
+
+    /// The stream that speaks for the store is there, but nothing has come on it for [`SILENCE`].
+    fn fell_silent(&self, key: &StoreKey, id: u64) {
+        let mut index = self.index();
+        if speaker(&mut index.stores, key, id).is_ok() {
+            index.dirty.touch(&key.0);
+            tracing::info!(store = key.1, keyspace = key.0, "a store says nothing any more");
+            self.0.wake.notify_one();
+        }
     }
 
     /// The stream that spoke for the store has ended.

@@ -18,19 +18,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ::kube::Client;
-use futures::{Stream, StreamExt, future};
+use futures::{Stream, future};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpListener;
-use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
-use tonic::transport::Server;
 use tonic::transport::server::Connected;
 use vasto_client::env::Env;
 
 pub use metrics::Monitor;
 pub use objects::{RESTART_REASON, Site, address_of};
 
-use crate::hub::{Hub, Leader, OperatorService};
+use crate::hub::{self, Hub, Leader, OperatorService};
 use caches::Caches;
 use driver::Driver;
 use lease::Election;
@@ -103,13 +101,7 @@ pub enum Error {
 
 /// Serves until stopped.
 pub async fn serve(options: Options, listener: TcpListener, stop: CancellationToken) -> Result<(), Error> {
-    let connections = TcpListenerStream::new(listener).inspect(|c| {
-        // Acks and reports are small and must not wait for more.
-        if let Ok(connection) = c {
-            let _ = connection.set_nodelay(true);
-        }
-    });
-    serve_on(options, connections, stop).await
+    serve_on(options, hub::connections(listener), stop).await
 }
 
 /// The same for connections of any kind.
@@ -135,10 +127,7 @@ where
         tokio::spawn(driver.run(options.client.clone(), options.namespace.clone(), stop.clone())),
     ];
     options.monitor.serving(true);
-    let served = Server::builder()
-        // A peer that is gone without a word is noticed within seconds.
-        .http2_keepalive_interval(Some(Duration::from_secs(2)))
-        .http2_keepalive_timeout(Some(Duration::from_secs(3)))
+    let served = hub::server()
         .add_service(OperatorService::new(hub))
         .serve_with_incoming_shutdown(connections, stop.clone().cancelled_owned());
     let late = async {

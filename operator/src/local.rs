@@ -15,12 +15,10 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures::{Stream, StreamExt, future};
+use futures::{Stream, future};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpListener;
-use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
-use tonic::transport::Server;
 use tonic::transport::server::Connected;
 use vasto_client::env::Env;
 use vasto_client::v1::keyspaces_server::KeyspacesServer;
@@ -31,7 +29,7 @@ pub(crate) use handle::{Handle, Resources};
 pub use runner::{BoxError, External, StoreRunner};
 
 use crate::console::Console;
-use crate::hub::{Hub, OperatorService};
+use crate::hub::{self, Hub, OperatorService};
 use crate::keyspaces::KeyspacesService;
 use driver::{Driver, Waits};
 use folder::{Content, Folder};
@@ -125,13 +123,7 @@ impl Operator {
         runner: Arc<dyn StoreRunner>,
         stop: CancellationToken,
     ) -> Result<(), Error> {
-        let connections = TcpListenerStream::new(listener).inspect(|c| {
-            // Acks and reports are small and must not wait for more.
-            if let Ok(connection) = c {
-                let _ = connection.set_nodelay(true);
-            }
-        });
-        self.serve_on(connections, runner, stop).await
+        self.serve_on(hub::connections(listener), runner, stop).await
     }
 
     /// The same for connections of any kind.
@@ -157,10 +149,7 @@ impl Operator {
             tokio::spawn(runner::run(runner, wanted, stop.clone())),
             tokio::spawn(file::follow(self.keyspaces, handle.clone(), stop.clone())),
         ];
-        let served = Server::builder()
-            // A peer that is gone without a word is noticed within seconds.
-            .http2_keepalive_interval(Some(Duration::from_secs(2)))
-            .http2_keepalive_timeout(Some(Duration::from_secs(3)))
+        let served = hub::server()
             .add_service(OperatorService::new(hub))
             .add_service(KeyspacesServer::new(KeyspacesService::new(handle, stop.clone())))
             .serve_with_incoming_shutdown(connections, stop.clone().cancelled_owned());

@@ -9,7 +9,7 @@ use std::marker::PhantomData;
 use futures::stream::{BoxStream, StreamExt};
 use prost::Message;
 use prost::bytes::{BufMut, Bytes};
-use tonic::codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder};
+use tonic::codec::{BufferSettings, Codec, DecodeBuf, Decoder, EncodeBuf, Encoder};
 use tonic::codegen::{Body, BoxFuture, Context, Poll, Service, StdError, http};
 use tonic::server::{Grpc, NamedService, StreamingService};
 use tonic::{Request, Response, Status, Streaming};
@@ -18,8 +18,16 @@ use vasto_client::v1::{StoreReport, WatchRequest};
 use super::Hub;
 use super::streams::{Reporting, Watching};
 
-/// The most that a peer may send in one message.
-const LARGEST_REQUEST: usize = 16 << 20;
+/// The most that a store may send in one message, and a watcher.
+const LARGEST_REPORT: usize = 16 << 20;
+const LARGEST_WATCH: usize = 1 << 20;
+/// What is set aside for each half of a watcher's stream. There are thousands of them, and most of the time nothing
+/// comes or goes; it grows to what does.
+const WATCH_BUFFER: usize = 256;
+/// A store's.
+const REPORT_BUFFER: usize = 8 << 10;
+/// Of messages that are ready, so many bytes are put together before they are sent.
+const TOGETHER: usize = 32 << 10;
 
 /// The service `vasto.v1.Operator`, for a tonic server.
 #[derive(Clone)]
@@ -52,8 +60,14 @@ where
     fn call(&mut self, request: http::Request<B>) -> Self::Future {
         let hub = self.0.clone();
         match request.uri().path() {
-            "/vasto.v1.Operator/Watch" => Box::pin(async move { Ok(grpc().streaming(Watch(hub), request).await) }),
-            "/vasto.v1.Operator/Report" => Box::pin(async move { Ok(grpc().streaming(Report(hub), request).await) }),
+            "/vasto.v1.Operator/Watch" => Box::pin(async move {
+                let mut grpc = grpc(WATCH_BUFFER, LARGEST_WATCH);
+                Ok(grpc.streaming(Watch(hub), request).await)
+            }),
+            "/vasto.v1.Operator/Report" => Box::pin(async move {
+                let mut grpc = grpc(REPORT_BUFFER, LARGEST_REPORT);
+                Ok(grpc.streaming(Report(hub), request).await)
+            }),
             path => {
                 let status = Status::unimplemented(format!("this version of vasto has no method {path}"));
                 Box::pin(async move { Ok(status.into_http()) })
@@ -62,8 +76,9 @@ where
     }
 }
 
-fn grpc<D: Message + Default + Send + 'static>() -> Grpc<Encoded<D>> {
-    Grpc::new(Encoded(PhantomData)).apply_max_message_size_config(Some(LARGEST_REQUEST), None)
+fn grpc<D: Message + Default + Send + 'static>(buffer: usize, largest: usize) -> Grpc<Encoded<D>> {
+    let codec = Encoded { buffers: BufferSettings::new(buffer, TOGETHER), decoded: PhantomData };
+    Grpc::new(codec).apply_max_message_size_config(Some(largest), None)
 }
 
 type Answers = BoxStream<'static, Result<Bytes, Status>>;
@@ -95,7 +110,10 @@ impl StreamingService<StoreReport> for Report {
 }
 
 /// Requests are decoded, answers are bytes already.
-struct Encoded<D>(PhantomData<fn() -> D>);
+struct Encoded<D> {
+    buffers: BufferSettings,
+    decoded: PhantomData<fn() -> D>,
+}
 
 impl<D: Message + Default + Send + 'static> Codec for Encoded<D> {
     type Encode = Bytes;
@@ -104,11 +122,11 @@ impl<D: Message + Default + Send + 'static> Codec for Encoded<D> {
     type Decoder = Self;
 
     fn encoder(&mut self) -> Copy {
-        Copy
+        Copy(self.buffers)
     }
 
     fn decoder(&mut self) -> Self {
-        Self(PhantomData)
+        Self { buffers: self.buffers, decoded: PhantomData }
     }
 }
 
@@ -119,9 +137,13 @@ impl<D: Message + Default + Send + 'static> Decoder for Encoded<D> {
     fn decode(&mut self, source: &mut DecodeBuf<'_>) -> Result<Option<D>, Status> {
         D::decode(source).map(Some).map_err(|e| Status::invalid_argument(format!("the message can't be read: {e}")))
     }
+
+    fn buffer_settings(&self) -> BufferSettings {
+        self.buffers
+    }
 }
 
-struct Copy;
+struct Copy(BufferSettings);
 
 impl Encoder for Copy {
     type Item = Bytes;
@@ -130,5 +152,9 @@ impl Encoder for Copy {
     fn encode(&mut self, item: Bytes, target: &mut EncodeBuf<'_>) -> Result<(), Status> {
         target.put(item);
         Ok(())
+    }
+
+    fn buffer_settings(&self) -> BufferSettings {
+        self.0
     }
 }

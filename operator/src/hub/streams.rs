@@ -7,18 +7,27 @@ use std::collections::BTreeMap;
 use prost::Message;
 use prost::bytes::Bytes;
 use tokio::sync::watch;
+use tokio::time::{Instant, sleep_until};
 use tokio_stream::wrappers::WatchStream;
 use tokio_stream::{StreamExt, StreamMap};
 use tonic::{Status, Streaming};
 use vasto_client::v1::watch_response::Event;
 use vasto_client::v1::{StoreReport, WatchRequest, WatchResponse};
 
-use super::{Hub, Leader, Shown, StoreKey};
+use super::{Hub, Leader, SILENCE, Shown, StoreKey};
 
 /// The next message, or for ever nothing once the other side has closed its half.
 async fn heard<T>(inbound: &mut Option<Streaming<T>>) -> Result<Option<T>, Status> {
     match inbound {
         Some(stream) => stream.message().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// This instant, or never.
+async fn until(at: Option<Instant>) {
+    match at {
+        Some(at) => sleep_until(at).await,
         None => std::future::pending().await,
     }
 }
@@ -133,6 +142,8 @@ pub(super) struct Reporting {
     changed: watch::Receiver<u64>,
     /// Uid -> the serial of what was sent last.
     sent: BTreeMap<String, u64>,
+    /// When the driver is told that the store is silent; `None` once it was.
+    silent_at: Option<Instant>,
     ended: bool,
 }
 
@@ -142,7 +153,8 @@ impl Reporting {
         if let Some(status) = elsewhere(&leader.borrow_and_update()) {
             return Err(status);
         }
-        Ok(Self { hub, id, inbound: Some(inbound), store: None, leader, changed, sent: BTreeMap::new(), ended: false })
+        let (inbound, sent) = (Some(inbound), BTreeMap::new());
+        Ok(Self { hub, id, inbound, store: None, leader, changed, sent, silent_at: None, ended: false })
     }
 
     /// For `stream::unfold`: the next answer.
@@ -184,12 +196,18 @@ impl Reporting {
                     }
                 }
                 _ = self.changed.changed() => {}
+                () = until(self.silent_at) => {
+                    self.silent_at = None;
+                    if let Some(store) = &self.store {
+                        self.hub.fell_silent(store, self.id);
+                    }
+                }
             }
         }
     }
 
     fn take(&mut self, report: StoreReport) -> Result<(), Status> {
-        match &self.store {
+        let taken = match &self.store {
             Some((only, name)) if *name != report.store || *only != report.only => {
                 Err(Status::invalid_argument(format!(
                     "this stream is {name}'s, and the report is {:?}'s: each store reports on a stream of its own",
@@ -203,7 +221,9 @@ impl Reporting {
                 self.store = Some(key);
                 Ok(())
             }
-        }
+        };
+        self.silent_at = Some(Instant::now() + SILENCE);
+        taken
     }
 }
 

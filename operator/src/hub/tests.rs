@@ -234,6 +234,17 @@ async fn who_comes_and_goes_while_watchers_are_waited_for_counts() {
 }
 
 #[tokio::test]
+async fn a_store_that_says_nothing_more_is_noticed_before_its_stream_ends() {
+    let bench = Bench::new().await;
+    let _store = bench.report(report("s", 1, &[])).await;
+    bench.until(|hub| hub.living().contains("s")).await;
+    while bench.woken().is_some() {}
+    within(bench.hub.wait()).await;
+    assert_eq!(bench.hub.take_dirty(), Dirty::All);
+    assert_eq!((bench.hub.living().len(), bench.hub.counts().0), (0, 1));
+}
+
+#[tokio::test]
 async fn a_slow_watcher_skips_versions() {
     let bench = Bench::new().await;
     // More than the windows of a connection hold, so that what isn't read stays here.
