@@ -12,7 +12,7 @@ use vasto_gateway::Options;
 
 use crate::context::{Context, parse_address};
 use crate::exit::one_line;
-use crate::listen::{listen, stop_on_signals};
+use crate::listen::{listen, raise_open_files, stop_on_signals};
 use crate::output::emit_line;
 
 /// How long clients have to take the answers to what they have asked.
@@ -82,6 +82,7 @@ impl Running {
 }
 
 pub(crate) async fn run(context: &Context, args: Gateway) -> anyhow::Result<()> {
+    raise_open_files();
     let stop = stop_on_signals()?;
     let running = start(context, args.ports, args.keyspace, Taken::Fail).await?;
     stop.cancelled().await;
@@ -96,7 +97,6 @@ pub(crate) async fn start(
     keyspace: Option<String>,
     taken: Taken,
 ) -> anyhow::Result<Running> {
-    raise_open_files();
     let gateway = vasto_gateway::Gateway::new(context.env.clone(), context.client().clone(), Options { keyspace });
     let running = Running { tasks: TaskTracker::new(), stop: CancellationToken::new() };
     if let Some(listener) = open("the gateway for Redis", ports.redis, "127.0.0.1:6379", "--redis", taken).await? {
@@ -112,16 +112,6 @@ pub(crate) async fn start(
         running.tasks.spawn(Arc::clone(&gateway).serve_grpc(listener, running.stop.clone()));
     }
     Ok(running)
-}
-
-/// A gateway has a file for each client: as many as may be, not as many as are usual.
-fn raise_open_files() {
-    use nix::sys::resource::{Resource, getrlimit, setrlimit};
-    let raised =
-        getrlimit(Resource::RLIMIT_NOFILE).and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
-    if let Err(error) = raised {
-        warn!(%error, "the limit of open files stays as it is");
-    }
 }
 
 /// Listens where that is wanted.
