@@ -9,28 +9,25 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail, ensure};
+use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
 use futures::{StreamExt as _, TryStreamExt as _};
+use h2::client::ResponseFuture;
+use h2::{Ping, SendStream};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use prost::Message as _;
 use serde::Serialize;
 use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader, Lines};
-use tokio::net::TcpSocket;
+use tokio::net::{TcpSocket, TcpStream};
 use tokio::process::{Child, ChildStdin, ChildStdout, Command};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
-use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
-use tonic::client::Grpc;
-use tonic::codec::{BufferSettings, Codec, DecodeBuf, Decoder, EncodeBuf, Encoder};
-use tonic::codegen::http::uri::PathAndQuery;
-use tonic::transport::Channel;
-use tonic::{Request, Status};
-use vasto_client::env::endpoint;
+use tonic::codegen::http;
 use vasto_client::hash::partition_hash;
 use vasto_client::v1::{Assignment, Known, Shard, Topology, View, WatchRequest};
 use vasto_client::{Client, Env};
-use vasto_operator::hub::{Hub, Leader, OperatorService};
+use vasto_operator::hub::{self, Hub, Leader, OperatorService};
 use vasto_operator::kube::address_of;
 use vasto_tests::cluster::free_port;
 
@@ -51,6 +48,10 @@ const SPEC: &str = r#"{"shards":3,"replicationFactor":3,"storage":{"size":"100Gi
 
 /// The stream window of those that stall: so small that what they don't read stays with the server.
 const STALLED_WINDOW: u32 = 4 << 10;
+/// As a client has them.
+const CONNECT: Duration = Duration::from_secs(2);
+const PING: Duration = Duration::from_secs(2);
+const PONG: Duration = Duration::from_secs(3);
 /// Streams that are opened at once where that is not what is measured.
 const OPENING: usize = 256;
 /// Files that a process has beside its connections.
@@ -82,10 +83,8 @@ const GROWTH_MB: f64 = 8.0;
 /// How much of everything.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Size {
-    /// Watch streams.
+    /// Watch streams, each on a connection of its own.
     pub watchers: usize,
-    /// Over so many connections: one each, or as many as the limit of open files allows.
-    pub connections: usize,
     pub keyspaces: u32,
     /// Changes in each series; the first tenth is a warm-up.
     pub rounds: usize,
@@ -97,7 +96,7 @@ impl Size {
     /// So many watchers, and the rest in proportion.
     pub fn of(watchers: usize) -> Self {
         let keyspaces = (watchers / 10).clamp(10, 1_000) as u32;
-        Self { watchers, connections: watchers, keyspaces, rounds: 200, clients: (watchers / 50).max(2) }
+        Self { watchers, keyspaces, rounds: 200, clients: (watchers / 50).max(2) }
     }
 
     /// One in a hundred.
@@ -139,9 +138,9 @@ pub struct Report {
 impl Report {
     /// How much was measured.
     pub fn line(&self) -> String {
-        let Size { watchers, connections, keyspaces, .. } = self.size;
+        let Size { watchers, keyspaces, .. } = self.size;
         let ended = if self.ended.is_empty() { "" } else { &format!("; a stream ended: {}", self.ended) };
-        format!("{watchers} watchers on {connections} connections, {keyspaces} keyspaces{ended}")
+        format!("{watchers} watchers on a connection each, {keyspaces} keyspaces{ended}")
     }
 }
 
@@ -168,7 +167,7 @@ async fn measure(size: Size) -> anyhow::Result<Report> {
     bench.small().await?;
     bench.stall().await?;
     bench.each().await?;
-    let mut followers = Followers::open(&bench.address, &size).await?;
+    let mut followers = Followers::open(&bench.board.address, &size).await?;
     bench.clients(&mut followers).await?;
     let (ended, why) = bench.board.ends().clone();
     bench.storm(&mut followers).await?;
@@ -179,7 +178,6 @@ async fn measure(size: Size) -> anyhow::Result<Report> {
 struct Bench {
     size: Size,
     port: u16,
-    address: String,
     hosted: Hosted,
     board: Arc<Board>,
     /// They end with this value.
@@ -204,20 +202,15 @@ struct Series {
 }
 
 impl Bench {
-    async fn begin(mut size: Size) -> anyhow::Result<Self> {
-        let room = (open_files()? as usize).saturating_sub(OTHER_FILES + size.clients);
-        size.connections = size.connections.min(room);
-        ensure!(
-            size.connections > size.stalled(),
-            "{room} connections fit in the limit of open files: raise it to more than {} (ulimit -Hn)",
-            size.stalled() + OTHER_FILES + size.clients
-        );
+    async fn begin(size: Size) -> anyhow::Result<Self> {
+        let needed = size.watchers + size.clients + OTHER_FILES;
+        let limit = open_files()?;
+        ensure!(limit >= needed as u64, "the limit of open files is {limit}: raise it to {needed} (ulimit -Hn)");
         let port = free_port();
         let hosted = Hosted::start(port, size.keyspaces, 1).await?;
-        let empty = hosted.memory()?;
-        let (address, board) = (format!("127.0.0.1:{port}"), Arc::new(Board::new()));
+        let (empty, board) = (hosted.memory()?, Arc::new(Board::new(format!("127.0.0.1:{port}"))));
         let (watchers, figures) = (JoinSet::new(), Vec::new());
-        Ok(Self { size, port, address, hosted, board, watchers, version: 1, others: 1, figures, empty })
+        Ok(Self { size, port, hosted, board, watchers, version: 1, others: 1, figures, empty })
     }
 
     fn note(&mut self, what: &'static str, value: f64, unit: &'static str, most: Option<f64>) {
@@ -233,28 +226,16 @@ impl Bench {
 
     /// Opens all streams.
     async fn connect(&mut self) -> anyhow::Result<()> {
-        let endpoint = endpoint(&self.address)?;
-        let small = endpoint.clone().initial_stream_window_size(STALLED_WINDOW);
-        let (stalled, connections) = (self.size.stalled(), self.size.connections);
-        let channels: Vec<Channel> = (0..connections)
-            .map(|n| if n < stalled { small.connect_lazy() } else { endpoint.connect_lazy() })
-            .collect();
         self.board.hot.begin(self.version, self.size.watchers);
         let at = self.board.now();
         for number in 0..self.size.watchers {
-            // Those beyond share what the stalled ones leave.
-            let connection = match number.checked_sub(connections) {
-                None => number,
-                Some(beyond) => stalled + beyond % (connections - stalled),
-            };
             let keyspaces = watched(number, self.size.keyspaces);
             let watcher = Watcher {
                 known: vec![0; keyspaces.len()],
                 have: vec![0; keyspaces.len()],
                 keyspaces,
                 storm: 0,
-                channel: channels[connection].clone(),
-                stalls: number < stalled,
+                stalls: number < self.size.stalled(),
                 stalled: self.board.stalled.subscribe(),
                 permit: None,
                 board: self.board.clone(),
@@ -402,6 +383,8 @@ impl Bench {
 
 /// What the watchers have come to.
 struct Board {
+    /// Of the server.
+    address: String,
     began: Instant,
     env: Env,
     hot: Round,
@@ -447,8 +430,9 @@ impl Round {
 }
 
 impl Board {
-    fn new() -> Self {
+    fn new(address: String) -> Self {
         Self {
+            address,
             began: Instant::now(),
             env: Env::real(),
             hot: Round::new(),
@@ -502,7 +486,6 @@ struct Watcher {
     /// By keyspace, the version that it got since the last storm.
     have: Vec<u64>,
     storm: u64,
-    channel: Channel,
     /// Whether it stops reading when `stalled` says so.
     stalls: bool,
     stalled: watch::Receiver<bool>,
@@ -536,36 +519,73 @@ impl Watcher {
         }
     }
 
-    /// One stream from its making to its end.
+    /// One connection and its stream, from their making to their end, in one task: with all that tonic's channel does
+    /// beside, half of what is measured would be the watchers'.
     async fn stream(&mut self, failures: &mut u32) -> anyhow::Result<()> {
-        let (requests, receiver) = mpsc::channel(4);
-        requests.send(self.first()).await?;
-        let mut grpc = Grpc::new(self.channel.clone());
-        grpc.ready().await?;
-        let path = PathAndQuery::from_static(WATCH);
-        let answers = grpc.streaming(Request::new(ReceiverStream::new(receiver)), path, Peeking).await;
-        let mut answers = answers?.into_inner();
+        let socket = timeout(CONNECT, TcpStream::connect(&self.board.address)).await??;
+        socket.set_nodelay(true)?;
+        let mut builder = h2::client::Builder::new();
+        builder.initial_window_size(if self.stalls { STALLED_WINDOW } else { 4 << 20 });
+        builder.initial_connection_window_size(16 << 20);
+        let (mut operator, mut connection) = builder.handshake::<_, Bytes>(socket).await?;
+        let mut pings = connection.ping_pong().context("pings are taken")?;
+        let alive = async {
+            loop {
+                sleep(PING).await;
+                timeout(PONG, pings.ping(Ping::opaque())).await.context("no answer to a ping")??;
+            }
+        };
+        let request = http::Request::post(format!("http://{}{WATCH}", self.board.address))
+            .header("content-type", "application/grpc")
+            .header("te", "trailers")
+            .body(())?;
+        let (answers, requests) = operator.send_request(request, false)?;
+        tokio::select! {
+            biased;
+            ended = &mut connection => Ok(ended?),
+            ended = self.talk(answers, requests, failures) => ended,
+            ended = alive => ended,
+        }
+    }
+
+    async fn talk(
+        &mut self,
+        answers: ResponseFuture,
+        mut requests: SendStream<Bytes>,
+        failures: &mut u32,
+    ) -> anyhow::Result<()> {
+        requests.send_data(framed(&self.first()), false)?;
+        let mut answers = answers.await?.into_body();
         let storm = self.board.storms.load(SeqCst);
         if self.storm != storm {
             self.storm = storm;
             self.have.fill(0);
         }
+        let mut come = BytesMut::new();
         loop {
-            let answer = tokio::select! {
+            if self.stalls && *self.stalled.borrow_and_update() {
+                self.board.parked.send_modify(|parked| *parked += 1);
+                self.stalled.wait_for(|stalled| !stalled).await?;
+                self.board.parked.send_modify(|parked| *parked -= 1);
+            }
+            let bytes = tokio::select! {
                 biased;
-                () = until(&mut self.stalled, true), if self.stalls => {
-                    self.board.parked.send_modify(|parked| *parked += 1);
-                    until(&mut self.stalled, false).await;
-                    self.board.parked.send_modify(|parked| *parked -= 1);
+                changed = self.stalled.changed(), if self.stalls => {
+                    changed?;
                     continue;
                 }
-                answer = answers.message() => answer?,
+                bytes = answers.data() => bytes,
             };
-            let answer = answer.context("the server closed the stream")?;
-            *failures = 0;
-            self.permit = None;
-            if let Some(request) = self.take(answer)? {
-                requests.send(request).await.context("the stream takes no acknowledgements any more")?;
+            let Some(bytes) = bytes else { bail!("it ended: {:?}", answers.trailers().await?) };
+            let bytes = bytes?;
+            answers.flow_control().release_capacity(bytes.len())?;
+            come.put(bytes);
+            while let Some(message) = unframed(&mut come) {
+                *failures = 0;
+                self.permit = None;
+                if let Some(request) = self.take(Peek::decode(message)?)? {
+                    requests.send_data(framed(&request), false)?;
+                }
             }
         }
     }
@@ -584,13 +604,6 @@ impl Watcher {
         let news = version > self.known[place];
         self.known[place] = version.max(self.known[place]);
         Ok(news.then(|| WatchRequest { keyspaces: Vec::new(), known: vec![Known { uid, version }] }))
-    }
-}
-
-/// Waits until the flag is so; the server's end of it lives as long as the board.
-async fn until(flag: &mut watch::Receiver<bool>, wanted: bool) {
-    if flag.wait_for(|now| *now == wanted).await.is_err() {
-        std::future::pending().await
     }
 }
 
@@ -618,48 +631,22 @@ struct PeekTopology {
     version: u64,
 }
 
-/// The codec of a watcher, with buffers that ten thousand of them can have.
-struct Peeking;
-
-impl Codec for Peeking {
-    type Encode = WatchRequest;
-    type Decode = Peek;
-    type Encoder = Self;
-    type Decoder = Self;
-
-    fn encoder(&mut self) -> Self {
-        Self
-    }
-
-    fn decoder(&mut self) -> Self {
-        Self
-    }
+/// A message as gRPC has it on the wire: neither compressed nor longer than 4 GiB.
+fn framed(request: &WatchRequest) -> Bytes {
+    let mut bytes = BytesMut::from(&[0; 5][..]);
+    bytes.put(request.encode_to_vec().as_slice());
+    let length = (bytes.len() - 5) as u32;
+    bytes[1..5].copy_from_slice(&length.to_be_bytes());
+    bytes.freeze()
 }
 
-impl Encoder for Peeking {
-    type Item = WatchRequest;
-    type Error = Status;
-
-    fn encode(&mut self, item: WatchRequest, target: &mut EncodeBuf<'_>) -> Result<(), Status> {
-        item.encode(target).map_err(|e| Status::internal(format!("a request can't be written: {e}")))
-    }
-
-    fn buffer_settings(&self) -> BufferSettings {
-        BufferSettings::new(512, 8 << 10)
-    }
-}
-
-impl Decoder for Peeking {
-    type Item = Peek;
-    type Error = Status;
-
-    fn decode(&mut self, source: &mut DecodeBuf<'_>) -> Result<Option<Peek>, Status> {
-        Peek::decode(source).map(Some).map_err(|e| Status::internal(format!("an answer can't be read: {e}")))
-    }
-
-    fn buffer_settings(&self) -> BufferSettings {
-        BufferSettings::new(1 << 10, 8 << 10)
-    }
+/// The next whole message of what has come.
+fn unframed(come: &mut BytesMut) -> Option<BytesMut> {
+    let length = u32::from_be_bytes(come.get(1..5)?.try_into().ok()?) as usize;
+    (come.len() >= 5 + length).then(|| {
+        come.advance(5);
+        come.split_to(length)
+    })
 }
 
 /// Clients as applications have them; each says when it has seen a version of the keyspace that all watch.
@@ -826,16 +813,9 @@ async fn host(args: &Serve) -> anyhow::Result<()> {
     socket.set_reuseaddr(true)?;
     socket.bind(([127, 0, 0, 1], args.port).into()).with_context(|| format!("can't use port {}", args.port))?;
     let listener = socket.listen(BACKLOG)?;
-    let connections = tokio_stream::wrappers::TcpListenerStream::new(listener).inspect(|c| {
-        if let Ok(connection) = c {
-            let _ = connection.set_nodelay(true);
-        }
-    });
-    let serving = tonic::transport::Server::builder()
-        .http2_keepalive_interval(Some(Duration::from_secs(2)))
-        .http2_keepalive_timeout(Some(Duration::from_secs(3)))
+    let serving = hub::server()
         .add_service(OperatorService::new(hub.clone()))
-        .serve_with_incoming_shutdown(connections, stop.clone().cancelled_owned());
+        .serve_with_incoming_shutdown(hub::connections(listener), stop.clone().cancelled_owned());
     let mut serving = tokio::spawn(serving);
     let awaited = watch::Sender::new(None);
     tokio::spawn(attend(hub.clone(), awaited.subscribe()));
