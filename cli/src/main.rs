@@ -92,6 +92,10 @@ pub(crate) enum Command {
     Shell,
 }
 
+/// A fifth of what a read costs is memory that one thread asks for and another gives back.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 impl Command {
     fn is_server(&self) -> bool {
         matches!(self, Self::Up(_) | Self::Operator(_) | Self::Store(_) | Self::Gateway(_))
