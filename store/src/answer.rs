@@ -33,7 +33,7 @@ const TOGETHER: usize = 64;
 const ANSWER_BYTES: usize = 4 << 20;
 /// The largest value that one answer holds.
 pub(crate) const VALUE_BYTES: usize = 15 << 20;
-/// So many reads are tried by memory alone first; more would hold up whoever else is served on the same thread.
+/// After so many reads by memory alone, whoever else is served on the same thread has a turn.
 const READ_AT_ONCE: usize = 256;
 
 /// Answers operations. Cheap to clone.
@@ -60,10 +60,7 @@ impl Answerer {
             work.replica.progress.pass(work.keyspace.clock_beside(work.replica.id));
         }
         let done = futures::future::join_all(work.into_iter().map(|w| w.run(now, &self.counts))).await;
-        if answers.is_empty() && done.len() == 1 {
-            return done.into_iter().flatten().collect();
-        }
-        answers.extend(done.into_iter().flatten());
+        done.into_iter().for_each(|done| append(&mut answers, done));
         answers
     }
 
@@ -215,19 +212,33 @@ impl Work {
         written.iter().zip(&ids).for_each(|(answer, (_, kind))| tally.add(*kind, ending(answer)));
         read.iter().for_each(|answer| tally.add(Kind::Get, ending(answer)));
         counts.add(&tally);
-        if written.is_empty() {
-            return read;
-        }
         let mut answers = written;
-        answers.extend(read);
+        append(&mut answers, read);
         answers
     }
 }
 
 /// Reads what memory has on the spot, and the rest on a thread that may wait for the disk.
 async fn read(env: &Env, replica: &Arc<Replica>, reads: Vec<(u64, Read)>, now: u64) -> Vec<Answer> {
-    let (mut answers, left) =
-        if reads.len() <= READ_AT_ONCE { look(replica, reads, Reach::Memory, now) } else { (Vec::new(), reads) };
+    let (mut answers, mut left) = (Vec::new(), Vec::new());
+    let mut reads = reads;
+    loop {
+        let rest = reads.split_off(reads.len().min(READ_AT_ONCE));
+        let (found, missed) = look(replica, reads, Reach::Memory, now);
+        // Where memory has but little of it, the rest is not looked for there.
+        let cold = missed.len() > found.len();
+        append(&mut answers, found);
+        append(&mut left, missed);
+        if rest.is_empty() {
+            break;
+        }
+        if cold {
+            left.extend(rest);
+            break;
+        }
+        tokio::task::yield_now().await;
+        reads = rest;
+    }
     if left.is_empty() {
         return answers;
     }
@@ -240,6 +251,15 @@ async fn read(env: &Env, replica: &Arc<Replica>, reads: Vec<(u64, Read)>, now: u
             .extend(ids.into_iter().map(|id| failed(id, failure(FailureCode::Internal, "the read failed", None)))),
     }
     answers
+}
+
+/// All of `more` behind `all`; without a copy where there is nothing yet.
+fn append<T>(all: &mut Vec<T>, mut more: Vec<T>) {
+    if all.is_empty() {
+        *all = more;
+    } else {
+        all.append(&mut more);
+    }
 }
 
 /// The answers to reads, and the reads that have to go further.
@@ -406,11 +426,7 @@ where
             // What comes in small messages is answered together; large ones one by one, so that the client works on
             // one while the next is worked on here.
             while let Poll::Ready(Some(more)) = this.working.poll_next_unpin(context) {
-                if answers.is_empty() {
-                    answers = more;
-                } else {
-                    answers.extend(more);
-                }
+                append(&mut answers, more);
                 if answers.len() >= TOGETHER {
                     break;
                 }
