@@ -48,6 +48,9 @@ pub(crate) struct Bench {
     /// Callers at once.
     #[arg(short, long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     concurrency: u32,
+    /// Threads that they share.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: u16,
     /// Operations in each call.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     batch: u32,
@@ -70,6 +73,13 @@ pub(crate) struct Bench {
     /// Makes the same choices each time.
     #[arg(long, value_name = "N", default_value_t = 1)]
     seed: u64,
+}
+
+impl Bench {
+    /// How many threads the runtime is to have.
+    pub(crate) fn threads(&self) -> usize {
+        self.threads.into()
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

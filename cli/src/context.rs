@@ -3,11 +3,13 @@
 
 use std::future::Future;
 use std::sync::OnceLock;
+use std::thread::available_parallelism;
 use std::time::Duration;
 
 use clap::Args;
 use tonic::transport::Channel;
 use vasto_client::env::Env;
+use vasto_client::threads::Threads;
 use vasto_client::v1::keyspaces_client::KeyspacesClient;
 use vasto_client::{Client, Keyspace};
 
@@ -49,6 +51,13 @@ pub(crate) struct Context {
 impl Context {
     pub(crate) fn new(global: Global, in_shell: bool) -> Self {
         Self { global, env: Env::real().with_near_stores(), in_shell, client: OnceLock::new() }
+    }
+
+    /// For a server: it has a thread for each core to serve connections.
+    pub(crate) fn serving(global: Global) -> anyhow::Result<Self> {
+        let threads = Threads::start(available_parallelism().map_or(1, usize::from))?;
+        let context = Self::new(global, false);
+        Ok(Self { env: context.env.clone().with_threads(threads), ..context })
     }
 
     /// The same with another operator.

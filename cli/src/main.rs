@@ -24,10 +24,11 @@ mod shell;
 mod store;
 mod up;
 
-use std::io::IsTerminal;
+use std::io::{self, IsTerminal};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use tokio::runtime::{Builder, Runtime};
 use tracing_subscriber::EnvFilter;
 
 use crate::context::{Context, Global};
@@ -100,6 +101,17 @@ impl Command {
     fn is_server(&self) -> bool {
         matches!(self, Self::Up(_) | Self::Operator(_) | Self::Store(_) | Self::Gateway(_))
     }
+
+    /// A runtime for it. Whoever only asks has one thread: with more, each answer wakes one thread by way of another.
+    fn runtime(&self) -> io::Result<Runtime> {
+        let mut builder = Builder::new_multi_thread();
+        match self {
+            Self::Bench(bench) => _ = builder.worker_threads(bench.threads()),
+            server if server.is_server() => {}
+            _ => _ = builder.worker_threads(1),
+        }
+        builder.enable_all().build()
+    }
 }
 
 /// The command line; under the name kubectl-vasto it is that of the plugin.
@@ -114,7 +126,7 @@ fn main() -> ExitCode {
     if let Err(error) = logs(&global, &command) {
         return report(&Err(error)).into();
     }
-    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+    let runtime = match command.runtime() {
         Ok(runtime) => runtime,
         Err(error) => return report(&Err(anyhow::Error::new(error).context("can't start"))).into(),
     };
@@ -123,7 +135,9 @@ fn main() -> ExitCode {
             Ok(code) => code,
             Err(error) => report(&Err(error)),
         },
-        server if server.is_server() => report(&runtime.block_on(run(&Context::new(global, false), server))),
+        server if server.is_server() => {
+            report(&Context::serving(global).and_then(|c| runtime.block_on(run(&c, server))))
+        }
         verb => report(&runtime.block_on(run_until_interrupted(&Context::new(global, false), verb))),
     };
     // A thread that still reads standard input must not hold up the end.

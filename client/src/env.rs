@@ -11,6 +11,7 @@ use futures::{Stream, StreamExt, stream};
 use tokio::sync::mpsc;
 use tonic::transport::{Channel, Endpoint};
 
+use crate::threads::Threads;
 use crate::v1::{Answer, Operation};
 
 /// Answers operations, in any order.
@@ -49,6 +50,8 @@ pub struct Env {
     unruly: Option<Arc<Fate>>,
     /// Where set, stores of this process are asked without a connection.
     near: Option<Near>,
+    /// Where set, connections are served there.
+    threads: Option<Threads>,
 }
 
 /// Work that blocked did not end: it panicked.
@@ -79,6 +82,7 @@ impl Env {
             inline: None,
             unruly: None,
             near: None,
+            threads: None,
         }
     }
 
@@ -95,6 +99,16 @@ impl Env {
     /// The same, where clients ask the stores of their own process, which share this or a clone of it, by a call.
     pub fn with_near_stores(self) -> Self {
         Self { near: Some(Near::default()), ..self }
+    }
+
+    /// The same, where connections are served on threads of their own.
+    pub fn with_threads(self, threads: Threads) -> Self {
+        Self { threads: Some(threads), ..self }
+    }
+
+    /// Where connections are served; `None`: wherever the caller runs.
+    pub fn threads(&self) -> Option<&Threads> {
+        self.threads.as_ref()
     }
 
     /// Offers this store's answers to the clients of its process, until the guard goes.

@@ -39,6 +39,7 @@ mod pool;
 mod route;
 mod scan;
 mod session;
+pub mod threads;
 pub mod topology;
 mod value;
 mod watch;

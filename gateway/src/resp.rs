@@ -13,9 +13,12 @@ mod session;
 mod table;
 
 use std::collections::VecDeque;
+use std::future::poll_fn;
 use std::io::{self, ErrorKind};
+use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
+use std::task::ready;
 use std::time::Duration;
 
 use bytes::BytesMut;
@@ -23,6 +26,7 @@ use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, timeout};
+use tokio_util::io::poll_read_buf;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use vasto_client::Env;
@@ -77,16 +81,25 @@ pub(crate) async fn serve(gateway: Arc<Gateway>, listener: TcpListener, stop: Ca
             next = gateway.redis.door.next(&gateway, &listener, b"-ERR max number of clients reached\r\n") => next,
             () = stop.cancelled() => break,
         };
-        let (gateway, stop) = (gateway.clone(), stop.clone());
-        tasks.spawn(async move {
+        let id = gateway.redis.last_id.fetch_add(1, Ordering::Relaxed) + 1;
+        let (serving, stop) = (gateway.clone(), stop.clone());
+        let serve = async move |stream: io::Result<TcpStream>| {
             let _place = place;
-            let id = gateway.redis.last_id.fetch_add(1, Ordering::Relaxed) + 1;
-            let mut connection = Connection::new(&gateway, stream, id);
-            let ended = connection.run(&stop).await;
+            let ended = match stream {
+                Ok(stream) => Connection::new(&serving, stream, id).run(&stop).await,
+                Err(error) => Err(error),
+            };
             if let Err(error) = ended {
                 tracing::debug!(connection = id, %error, "a connection ended");
             }
-        });
+        };
+        match gateway.env.threads() {
+            Some(threads) => {
+                let stream = stream.into_std();
+                tasks.spawn_on(async move { serve(stream.and_then(TcpStream::from_std)).await }, threads.next())
+            }
+            None => tasks.spawn(async move { serve(Ok(stream)).await }),
+        };
     }
     tasks.close();
     tasks.wait().await;
@@ -204,20 +217,23 @@ impl<'a> Connection<'a> {
             (self.incoming, self.due) = (BytesMut::new(), None);
         }
         let due = self.due;
-        loop {
-            tokio::select! {
-                ready = self.stream.readable() => ready?,
-                () = stop.cancelled() => return Ok(false),
-                () = async { tokio::time::sleep_until(due.unwrap_or_else(Instant::now)).await }, if due.is_some() => {
-                    let words = format!("the rest of the request did not come within {} s", PATIENCE.as_secs());
-                    return Err(io::Error::new(ErrorKind::TimedOut, words));
-                }
+        let (stream, incoming) = (&mut self.stream, &mut self.incoming);
+        // Room is made once there is something to read, and goes again if there was not.
+        let read = poll_fn(|context| {
+            ready!(stream.poll_read_ready(context))?;
+            incoming.reserve(READ);
+            let read = poll_read_buf(Pin::new(&mut *stream), context, incoming);
+            if incoming.is_empty() {
+                *incoming = BytesMut::new();
             }
-            self.incoming.reserve(READ);
-            match self.stream.try_read_buf(&mut self.incoming) {
-                Ok(count) => return Ok(count > 0),
-                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
-                Err(error) => return Err(error),
+            read
+        });
+        tokio::select! {
+            count = read => Ok(count? > 0),
+            () = stop.cancelled() => Ok(false),
+            () = async { tokio::time::sleep_until(due.unwrap_or_else(Instant::now)).await }, if due.is_some() => {
+                let words = format!("the rest of the request did not come within {} s", PATIENCE.as_secs());
+                Err(io::Error::new(ErrorKind::TimedOut, words))
             }
         }
     }

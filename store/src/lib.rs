@@ -38,11 +38,14 @@ use std::time::Duration;
 
 use futures::{Stream, StreamExt};
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::TcpListener;
-use tokio_stream::wrappers::TcpListenerStream;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
 use tokio_util::sync::CancellationToken;
-use tonic::transport::server::Connected;
+use tonic::transport::server::{Connected, Router};
 use vasto_client::env::Env;
+use vasto_client::threads::Threads;
 use vasto_client::v1::{peer_server::PeerServer, store_server::StoreServer};
 
 use engine::Storage;
@@ -50,6 +53,8 @@ pub use metrics::Monitor;
 
 /// No message is larger, either way.
 pub(crate) const MESSAGE_LIMIT: usize = 16 << 20;
+/// Connections that may wait for the thread that is to serve them.
+const ACCEPTED: usize = 256;
 /// How long a store that stops waits for what still reads its files.
 const CLOSED_WITHIN: Duration = Duration::from_secs(2);
 
@@ -112,13 +117,67 @@ pub async fn serve(options: Options, env: Env, listener: TcpListener, stop: Canc
     let storage = Arc::new(engine::RocksStorage::new(options.cache_bytes, options.write_buffer_bytes));
     let address = listener.local_addr()?.to_string();
     let options = Options { advertise: options.advertise.or(Some(address)), ..options };
-    let connections = TcpListenerStream::new(listener).inspect(|connection| {
-        // A message is all that there is to send.
-        if let Ok(connection) = connection {
-            let _ = connection.set_nodelay(true);
+    let threads = env.threads().cloned();
+    let serving = |router: Router, cut: CancellationToken| async move {
+        match threads {
+            Some(threads) => deal_out(listener, &threads, router, cut).await,
+            None => {
+                let connections = TcpListenerStream::new(listener).inspect(|c| c.iter().for_each(at_once));
+                router.serve_with_incoming(cut_by(connections, cut)).await
+            }
         }
+    };
+    serve_by(options, env, storage, serving, stop).await
+}
+
+/// A message is all that there is to send.
+fn at_once(connection: &TcpStream) {
+    let _ = connection.set_nodelay(true);
+}
+
+/// Connections that end when `cut` says so.
+fn cut_by<C>(
+    connections: impl Stream<Item = io::Result<C>>,
+    cut: CancellationToken,
+) -> impl Stream<Item = io::Result<cut::Cut<C>>> {
+    connections.map(move |c| c.map(|connection| cut::Cut::new(connection, &cut)))
+}
+
+/// Serves each connection on one of these threads, in turn.
+async fn deal_out(
+    listener: TcpListener,
+    threads: &Threads,
+    router: Router,
+    cut: CancellationToken,
+) -> Result<(), tonic::transport::Error> {
+    let mut serving = JoinSet::new();
+    let lanes = threads.all().iter().map(|thread| {
+        let (lane, connections) = mpsc::channel(ACCEPTED);
+        let connections = ReceiverStream::new(connections).map(TcpStream::from_std);
+        serving.spawn_on(router.clone().serve_with_incoming(cut_by(connections, cut.clone())), thread);
+        lane
     });
-    serve_on(options, env, storage, connections, stop).await
+    let lanes: Vec<mpsc::Sender<std::net::TcpStream>> = lanes.collect();
+    let mut turn = lanes.iter().cycle();
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted.and_then(|(connection, _)| {
+                at_once(&connection);
+                connection.into_std()
+            }),
+            Some(Ok(ended)) = serving.join_next() => return ended,
+        };
+        match (accepted, turn.next()) {
+            // A thread that is this far behind is waited for.
+            (Ok(connection), Some(lane)) => _ = lane.send(connection).await,
+            (Ok(_), None) => {}
+            (Err(error), _) => {
+                // Such as too many open files: others end meanwhile.
+                tracing::warn!(%error, "a connection was not accepted");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        }
+    }
 }
 
 /// The same for connections of any kind, and databases of any kind; `options.advertise` says where it is reached.
@@ -131,6 +190,22 @@ pub async fn serve_on<C>(
 ) -> Result<(), Error>
 where
     C: AsyncRead + AsyncWrite + Connected + Unpin + Send + 'static,
+{
+    let serving = |router: Router, cut| router.serve_with_incoming(cut_by(connections, cut));
+    serve_by(options, env, storage, serving, stop).await
+}
+
+/// The same however connections come in: `serve` serves them until it is dropped, and those that are there until they
+/// are cut.
+async fn serve_by<F>(
+    options: Options,
+    env: Env,
+    storage: Arc<dyn Storage>,
+    serve: impl FnOnce(Router, CancellationToken) -> F,
+    stop: CancellationToken,
+) -> Result<(), Error>
+where
+    F: Future<Output = Result<(), tonic::transport::Error>>,
 {
     let dir = dir::Dir::open(&options.data, &options.name)?;
     let address = options.advertise.clone().unwrap_or_default();
@@ -156,8 +231,7 @@ where
     });
     let server = server::Server::new(host.clone(), env, answerer, options.monitor.counts());
     let cut = CancellationToken::new();
-    let incoming = connections.map(|c| c.map(|connection| cut::Cut::new(connection, &cut)));
-    let serving = tonic::transport::Server::builder()
+    let router = tonic::transport::Server::builder()
         .initial_stream_window_size(4 << 20)
         .initial_connection_window_size(16 << 20)
         .http2_keepalive_interval(Some(Duration::from_secs(5)))
@@ -169,14 +243,13 @@ where
         )
         .add_service(
             PeerServer::new(server).max_decoding_message_size(MESSAGE_LIMIT).max_encoding_message_size(MESSAGE_LIMIT),
-        )
-        .serve_with_incoming(incoming);
+        );
     let handed_over = async {
         stop.cancelled().await;
         leave::hand_over(&host).await;
     };
     let served = tokio::select! {
-        served = serving => served.map_err(Error::from),
+        served = serve(router, cut.clone()) => served.map_err(Error::from),
         () = handed_over => Ok(()),
     };
     stop.cancel();

@@ -120,7 +120,8 @@ impl Load {
 
 /// Runs the load and prints its measurement.
 pub fn run(args: &Load) -> anyhow::Result<()> {
-    let runtime = tokio::runtime::Runtime::new()?;
+    // One thread, as redis-benchmark has.
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(load(args))?.print()
 }
 
