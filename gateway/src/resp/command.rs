@@ -18,6 +18,8 @@ const EXACT: u64 = 1 << 53;
 const MAX_COUNT: u64 = 10_000;
 /// The longest pattern: each key is held against all of it.
 const MAX_PATTERN: usize = 4 << 10;
+/// What begins, ends or gives up a transaction.
+const TRANSACTIONAL: [&[u8]; 3] = [b"MULTI", b"EXEC", b"DISCARD"];
 const NOT_AN_INTEGER: &str = "value is not an integer or out of range";
 const SYNTAX: &str = "syntax error";
 
@@ -111,6 +113,10 @@ impl Parser {
     /// A transaction is begun as clients expect it, and then each command in it is refused: clients send them without
     /// waiting for the answer to MULTI, so that a refusal of that alone would have the others done.
     pub(super) fn parse(&mut self, words: Words, now_ms: u64) -> Result<Command, Reply> {
+        let usual = |name: &Bytes| !TRANSACTIONAL.iter().any(|other| name.eq_ignore_ascii_case(other));
+        if self.transaction.is_none() && words.first().is_some_and(usual) {
+            return parse(words, now_ms);
+        }
         let name = words.first().map(|name| name.to_ascii_uppercase()).unwrap_or_default();
         match (name.as_slice(), self.transaction.take(), words.len()) {
             (b"QUIT" | b"RESET", _, _) => parse(words, now_ms),

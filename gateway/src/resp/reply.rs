@@ -1,5 +1,7 @@
 //! What is answered, and how the protocol's two versions write it down.
 
+use std::fmt::Write;
+
 use bytes::{BufMut, Bytes, BytesMut};
 
 /// The protocol's version that a client has asked for.
@@ -54,22 +56,22 @@ impl Reply {
                 let line: Vec<u8> = words.bytes().map(|b| if b == b'\r' || b == b'\n' { b' ' } else { b }).collect();
                 put_line(out, b'-', &line);
             }
-            Self::Integer(number) => put_line(out, b':', number.to_string().as_bytes()),
+            Self::Integer(number) => put_number(out, b':', *number),
             Self::Bulk(bytes) => {
-                put_line(out, b'$', bytes.len().to_string().as_bytes());
+                put_number(out, b'$', bytes.len());
                 out.put_slice(bytes);
                 out.put_slice(b"\r\n");
             }
             Self::Null if version == Version::Two => out.put_slice(b"$-1\r\n"),
             Self::Null => out.put_slice(b"_\r\n"),
             Self::Array(replies) => {
-                put_line(out, b'*', replies.len().to_string().as_bytes());
+                put_number(out, b'*', replies.len());
                 replies.iter().for_each(|reply| reply.encode(version, out));
             }
             Self::Map(pairs) => {
                 match version {
-                    Version::Two => put_line(out, b'*', (pairs.len() * 2).to_string().as_bytes()),
-                    Version::Three => put_line(out, b'%', pairs.len().to_string().as_bytes()),
+                    Version::Two => put_number(out, b'*', pairs.len() * 2),
+                    Version::Three => put_number(out, b'%', pairs.len()),
                 }
                 for (key, value) in pairs {
                     key.encode(version, out);
@@ -78,6 +80,12 @@ impl Reply {
             }
         }
     }
+}
+
+fn put_number(out: &mut BytesMut, kind: u8, number: impl std::fmt::Display) {
+    out.put_u8(kind);
+    // Into memory: it can't fail.
+    let _ = write!(out, "{number}\r\n");
 }
 
 fn put_line(out: &mut BytesMut, kind: u8, line: &[u8]) {

@@ -48,7 +48,7 @@ pub(super) struct Session<'a> {
 struct Group {
     ops: Vec<Op>,
     items: Vec<Item>,
-    touched: HashMap<Bytes, Touch>,
+    touched: HashMap<Bytes, Touch, foldhash::fast::RandomState>,
     values: usize,
 }
 

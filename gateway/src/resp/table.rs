@@ -85,8 +85,8 @@ pub(super) const TABLE: &[Entry] = &[
 
 /// The command of this name, in whichever case.
 pub(super) fn find(name: &[u8]) -> Option<&'static Entry> {
-    let name = name.to_ascii_lowercase();
-    TABLE.binary_search_by(|entry| entry.name.as_bytes().cmp(&name)).ok().map(|at| &TABLE[at])
+    let by_name = |entry: &Entry| entry.name.bytes().cmp(name.iter().map(u8::to_ascii_lowercase));
+    TABLE.binary_search_by(by_name).ok().map(|at| &TABLE[at])
 }
 
 impl Entry {
