@@ -12,7 +12,7 @@ use vasto_gateway::Options;
 
 use crate::context::{Context, parse_address};
 use crate::exit::one_line;
-use crate::listen::{listen, raise_open_files, stop_on_signals};
+use crate::listen::{listen, stop_on_signals};
 use crate::output::emit_line;
 
 /// How long clients have to take the answers to what they have asked.
@@ -82,7 +82,6 @@ impl Running {
 }
 
 pub(crate) async fn run(context: &Context, args: Gateway) -> anyhow::Result<()> {
-    raise_open_files();
     let stop = stop_on_signals()?;
     let running = start(context, args.ports, args.keyspace, Taken::Fail).await?;
     stop.cancelled().await;

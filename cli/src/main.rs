@@ -136,6 +136,7 @@ fn main() -> ExitCode {
             Err(error) => report(&Err(error)),
         },
         server if server.is_server() => {
+            listen::raise_open_files();
             report(&Context::serving(global).and_then(|c| runtime.block_on(run(&c, server))))
         }
         verb => report(&runtime.block_on(run_until_interrupted(&Context::new(global, false), verb))),

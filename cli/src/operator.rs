@@ -14,7 +14,7 @@ use vasto_operator::local::{self, External};
 use crate::context::{Context, parse_address};
 use crate::exit::{Code, fault};
 use crate::http;
-use crate::listen::{listen, raise_open_files, stop_on_signals};
+use crate::listen::{listen, stop_on_signals};
 use crate::output::emit_line;
 
 /// Arguments of `vasto operator`.
@@ -53,7 +53,6 @@ pub(crate) struct Operator {
 }
 
 pub(crate) async fn run(context: &Context, args: Operator) -> anyhow::Result<()> {
-    raise_open_files();
     let stop = stop_on_signals()?;
     match args.local.clone() {
         Some(dir) => run_local(context, args, dir, stop).await,

@@ -13,7 +13,7 @@ use vasto_store::Monitor;
 use crate::context::{Context, parse_address};
 use crate::exit::{Code, fault};
 use crate::http;
-use crate::listen::{listen, listen_as_before, raise_open_files, stop_on_signals};
+use crate::listen::{listen, listen_as_before, stop_on_signals};
 use crate::output::emit_line;
 
 /// Arguments of `vasto store`.
@@ -90,7 +90,6 @@ impl http::Source for Monitor {
 }
 
 pub(crate) async fn run(context: &Context, args: Store) -> anyhow::Result<()> {
-    raise_open_files();
     let stop = stop_on_signals()?;
     let named = args.name.as_ref().or(args.pod.as_ref());
     let what = format!("store {}", named.map_or("", String::as_str));

@@ -16,7 +16,7 @@ use vasto_operator::local::{Operator, Options};
 use crate::context::{Context, parse_address};
 use crate::gateway::{self, Place, Ports, Taken};
 use crate::http;
-use crate::listen::{listen, raise_open_files, stop_on_signals};
+use crate::listen::{listen, stop_on_signals};
 use crate::output::{counted, emit_line, span};
 use crate::runner::{Runner, Setting};
 
@@ -47,7 +47,6 @@ pub(crate) struct Up {
 
 pub(crate) async fn run(context: &Context, args: Up) -> anyhow::Result<()> {
     let start = Instant::now();
-    raise_open_files();
     let stop = stop_on_signals()?;
     let listener = listen("the operator", &args.listen, "--listen").await?;
     let address = listener.local_addr()?;

@@ -170,6 +170,7 @@ impl Wired {
 struct Group {
     link: Arc<Link>,
     places: Vec<(usize, u32, u64)>,
+    /// Each one's id is its place here; a pipe gives it another.
     operations: Vec<Operation>,
 }
 
@@ -523,13 +524,11 @@ impl Keyspace {
                     groups.len() - 1
                 });
                 groups[group].places.push((index, shard, candidate.replica));
-                groups[group].operations.push(operation);
+                let operations = &mut groups[group].operations;
+                operations.push(Operation { id: operations.len() as u64, ..operation });
             }
         }
-        for Group { link, places, mut operations } in groups {
-            for (id, operation) in (0..).zip(&mut operations) {
-                operation.id = id;
-            }
+        for Group { link, places, operations } in groups {
             let operations = match link.near(operations) {
                 Ok(answers) => {
                     near.push(Asked { wired: wired.clone(), link, places, answers });

@@ -27,6 +27,7 @@
 //! # }
 //! ```
 
+pub mod accept;
 mod client;
 pub mod env;
 mod error;

@@ -326,18 +326,18 @@ struct Outgoing {
 impl Stream for Outgoing {
     type Item = Batch;
 
-    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Batch>> {
-        let shared = self.shared.clone();
-        let mut state = shared.state();
-        if state.connection != self.connection || state.closed {
+    fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Batch>> {
+        let this = self.get_mut();
+        let mut state = this.shared.state();
+        if state.connection != this.connection || state.closed {
             return Poll::Ready(None);
         }
         if state.queue.is_empty() {
-            self.let_others = true;
+            this.let_others = true;
             state.sender = Some(cx.waker().clone());
             return Poll::Pending;
         }
-        if std::mem::take(&mut self.let_others) {
+        if std::mem::take(&mut this.let_others) {
             // Whoever is about to queue more, since the last answers woke them together, goes first.
             cx.waker().wake_by_ref();
             return Poll::Pending;

@@ -35,9 +35,7 @@ impl Link {
         };
         Ok(StoreClient::new(channel).max_decoding_message_size(MAX_MESSAGE).max_encoding_message_size(MAX_MESSAGE))
     }
-}
 
-impl Link {
     /// Starts to ask the store without a connection, where it is one of this process.
     pub(crate) fn near(&self, operations: Vec<Operation>) -> Result<BoxFuture<'static, Vec<Answer>>, Vec<Operation>> {
         match self.env.near(&self.address) {

@@ -42,10 +42,14 @@ impl Threads {
         &self.0.handles
     }
 
-    /// One after the other.
+    /// The place among all of the one whose turn it is, whoever asks: several servers share them.
+    pub fn turn(&self) -> usize {
+        self.0.turn.fetch_add(1, Ordering::Relaxed) % self.0.handles.len()
+    }
+
+    /// The one whose turn it is.
     pub fn next(&self) -> &Handle {
-        let turn = self.0.turn.fetch_add(1, Ordering::Relaxed);
-        &self.0.handles[turn % self.0.handles.len()]
+        &self.0.handles[self.turn()]
     }
 }
 

@@ -92,12 +92,14 @@ impl Topology {
 
     /// The places for which this replica may take a client's write.
     pub fn accepting(&self, replica: u64) -> impl Iterator<Item = Place<'_>> {
-        let views = match self.phase() {
-            Phase::Deleting => [None, None],
-            Phase::Switch => [self.current.as_ref(), self.previous.as_ref()],
-            _ => [self.current.as_ref(), None],
-        };
-        views.into_iter().flatten().filter_map(move |view| view.place(replica))
+        self.served().filter_map(move |view| view.place(replica))
+    }
+
+    /// The views by which clients read and write: `current`, until the fence `previous` as well, and none of a
+    /// keyspace that is being deleted.
+    pub fn served(&self) -> impl Iterator<Item = &View> {
+        let previous = self.previous.as_ref().filter(|_| self.phase() == Phase::Switch);
+        self.current.as_ref().filter(|_| self.phase() != Phase::Deleting).into_iter().chain(previous)
     }
 
     /// Whether this replica holds a key with this hash for good under any view:

@@ -1,10 +1,10 @@
 //! How connections come in, the same for all sides: no more than there is room for, and counted until they end.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use vasto_client::accept::accept;
 
 use crate::Gateway;
 use crate::metrics::Protocol;
@@ -40,22 +40,13 @@ impl Door {
     pub(crate) async fn next(&self, gateway: &Arc<Gateway>, listener: &TcpListener, full: &[u8]) -> (TcpStream, Place) {
         let traffic = gateway.counts.of(self.protocol);
         loop {
-            let stream = match listener.accept().await {
-                Ok((stream, _)) => stream,
-                Err(error) => {
-                    // Such as too many open files: others end meanwhile.
-                    tracing::warn!(%error, "a connection was not accepted");
-                    tokio::time::sleep(Duration::from_millis(100)).await;
-                    continue;
-                }
-            };
+            let stream = accept(listener).await;
             let Ok(room) = self.room.clone().try_acquire_owned() else {
                 traffic.turned_away.inc();
                 // It fits into the socket's own buffer, or is not worth a wait.
                 let _ = stream.try_write(full);
                 continue;
             };
-            let _ = stream.set_nodelay(true);
             traffic.connections.inc();
             return (stream, Place { gateway: gateway.clone(), protocol: self.protocol, _room: room });
         }

@@ -26,7 +26,7 @@ use vasto_client::v1::{
 };
 use vasto_crds::Keyspace;
 
-pub use serve::{connections, server};
+pub use serve::server;
 pub use service::OperatorService;
 
 /// A store that has said nothing for this long is away.

@@ -23,6 +23,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::server::Connected;
+use vasto_client::accept::connections;
 use vasto_client::env::Env;
 
 pub use metrics::Monitor;
@@ -101,7 +102,7 @@ pub enum Error {
 
 /// Serves until stopped.
 pub async fn serve(options: Options, listener: TcpListener, stop: CancellationToken) -> Result<(), Error> {
-    serve_on(options, hub::connections(listener), stop).await
+    serve_on(options, connections(listener), stop).await
 }
 
 /// The same for connections of any kind.

@@ -20,6 +20,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::server::Connected;
+use vasto_client::accept::connections;
 use vasto_client::env::Env;
 use vasto_client::v1::keyspaces_server::KeyspacesServer;
 use vasto_crds::Keyspace;
@@ -123,7 +124,7 @@ impl Operator {
         runner: Arc<dyn StoreRunner>,
         stop: CancellationToken,
     ) -> Result<(), Error> {
-        self.serve_on(hub::connections(listener), runner, stop).await
+        self.serve_on(connections(listener), runner, stop).await
     }
 
     /// The same for connections of any kind.

@@ -360,29 +360,15 @@ pub(crate) fn failure(
     Box::new(Failure { code: code.into(), message: message.into(), topology: topology.map(|t| (*t).clone()) })
 }
 
-/// Answers may be larger than one message: values up to 8 MiB each.
-fn in_messages(answers: Vec<Answer>) -> Vec<Vec<Answer>> {
-    let size = |a: &Answer| match &a.result {
+/// Roughly an answer's bytes on the wire: values have up to 8 MiB each.
+fn size(answer: &Answer) -> usize {
+    match &answer.result {
         Some(
             answer::Result::Found(Value { value: Some(value::Value::Bytes(b)), .. })
             | answer::Result::Written(Written { value: Some(Value { value: Some(value::Value::Bytes(b)), .. }), .. }),
         ) => b.len() + 64,
         _ => 64,
-    };
-    let mut messages = vec![Vec::with_capacity(answers.len())];
-    let mut bytes = 0;
-    for answer in answers {
-        let more = size(&answer);
-        if bytes > 0 && bytes + more > ANSWER_BYTES {
-            messages.push(Vec::new());
-            bytes = 0;
-        }
-        bytes += more;
-        if let Some(last) = messages.last_mut() {
-            last.push(answer);
-        }
     }
-    messages
 }
 
 /// A pipe's answers: takes messages as they come, and tells together what is ready at the same time.
@@ -443,7 +429,7 @@ where
             }
         }
         if !answers.is_empty() {
-            this.ready = in_messages(answers).into_iter();
+            this.ready = crate::in_messages(answers, ANSWER_BYTES, size).into_iter();
             let first = this.ready.next().unwrap_or_default();
             return Poll::Ready(Some(Ok(Batch { operations: Vec::new(), answers: first })));
         }

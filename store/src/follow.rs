@@ -119,20 +119,7 @@ pub fn shipped(key: Bytes, encoded: Bytes) -> Vec<Shipped> {
 
 /// Splits a page so that no message outgrows its limit; at least one, possibly empty.
 pub fn in_messages(records: Vec<Shipped>) -> Vec<Vec<Shipped>> {
-    let mut messages = vec![Vec::new()];
-    let mut bytes = 0;
-    for record in records {
-        let size = record.key.len() + record.record.len();
-        if bytes > 0 && bytes + size > PART_BYTES {
-            messages.push(Vec::new());
-            bytes = 0;
-        }
-        bytes += size;
-        if let Some(last) = messages.last_mut() {
-            last.push(record);
-        }
-    }
-    messages
+    crate::in_messages(records, PART_BYTES, |shipped| shipped.key.len() + shipped.record.len())
 }
 
 /// The source's side of one `Follow` stream; ends when the follower goes or is no longer a follower.

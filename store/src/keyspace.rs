@@ -254,7 +254,8 @@ impl Keyspace {
     pub fn reader(&self, shard: u32, shards: u32) -> Option<Arc<Replica>> {
         let update = self.update.borrow();
         let topology = update.topology.as_ref()?;
-        readable(topology)
+        topology
+            .served()
             .filter(|v| v.size() == shards)
             .flat_map(View::places)
             .filter(|p| p.shard == shard && p.assignment.store == self.store)
@@ -722,13 +723,9 @@ impl Routes<'_> {
     /// The replica here that reads and writes of a key with this hash go to.
     pub fn route(&self, partition_hash: u64) -> Option<&Arc<Replica>> {
         let topology = self.update.topology.as_ref()?;
-        let views =
-            [topology.current.as_ref(), topology.previous.as_ref().filter(|_| topology.phase() == Phase::Switch)];
-        for view in views.into_iter().flatten() {
+        for view in topology.served() {
             let shard = vasto_client::hash::jump_hash(partition_hash, view.size());
-            let Some(shard) = view.shards.get(shard as usize).filter(|_| topology.phase() != Phase::Deleting) else {
-                continue;
-            };
+            let Some(shard) = view.shards.get(shard as usize) else { continue };
             for assignment in shard.replicas.iter().filter(|a| a.store == self.store) {
                 if let Some(Slot::Open(replica)) = self.members.get(&assignment.replica).map(|m| &m.slot) {
                     return Some(replica);
@@ -778,12 +775,6 @@ impl Member {
             let _ = env.blocking(move || engine.cancel()).await;
         }
     }
-}
-
-/// The views that clients may read by.
-pub fn readable(topology: &Topology) -> impl Iterator<Item = &View> {
-    let previous = topology.previous.as_ref().filter(|_| topology.phase() == Phase::Switch);
-    topology.current.as_ref().filter(|_| topology.phase() != Phase::Deleting).into_iter().chain(previous)
 }
 
 fn source(replica: u64, s: SourceProgress, confirmed: Option<vasto_client::v1::Position>) -> SourceReport {

@@ -40,10 +40,11 @@ use futures::{Stream, StreamExt};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
-use tokio::task::JoinSet;
-use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
+use tokio::task::{JoinError, JoinSet};
+use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::server::{Connected, Router};
+use vasto_client::accept::{accept, connections};
 use vasto_client::env::Env;
 use vasto_client::threads::Threads;
 use vasto_client::v1::{peer_server::PeerServer, store_server::StoreServer};
@@ -57,6 +58,25 @@ pub(crate) const MESSAGE_LIMIT: usize = 16 << 20;
 const ACCEPTED: usize = 256;
 /// How long a store that stops waits for what still reads its files.
 const CLOSED_WITHIN: Duration = Duration::from_secs(2);
+
+/// Splits what is to be sent so that a message has at most so many bytes by `size`; one item may go beyond. At least one
+/// message, possibly empty.
+pub(crate) fn in_messages<T>(items: Vec<T>, most: usize, size: impl Fn(&T) -> usize) -> Vec<Vec<T>> {
+    let mut messages = vec![Vec::with_capacity(items.len())];
+    let mut bytes = 0;
+    for item in items {
+        let more = size(&item);
+        if bytes > 0 && bytes + more > most {
+            messages.push(Vec::new());
+            bytes = 0;
+        }
+        bytes += more;
+        if let Some(last) = messages.last_mut() {
+            last.push(item);
+        }
+    }
+    messages
+}
 
 /// How a store runs.
 #[derive(Clone, Debug)]
@@ -121,18 +141,10 @@ pub async fn serve(options: Options, env: Env, listener: TcpListener, stop: Canc
     let serving = |router: Router, cut: CancellationToken| async move {
         match threads {
             Some(threads) => deal_out(listener, &threads, router, cut).await,
-            None => {
-                let connections = TcpListenerStream::new(listener).inspect(|c| c.iter().for_each(at_once));
-                router.serve_with_incoming(cut_by(connections, cut)).await
-            }
+            None => router.serve_with_incoming(cut_by(connections(listener), cut)).await,
         }
     };
     serve_by(options, env, storage, serving, stop).await
-}
-
-/// A message is all that there is to send.
-fn at_once(connection: &TcpStream) {
-    let _ = connection.set_nodelay(true);
 }
 
 /// Connections that end when `cut` says so.
@@ -158,24 +170,20 @@ async fn deal_out(
         lane
     });
     let lanes: Vec<mpsc::Sender<std::net::TcpStream>> = lanes.collect();
-    let mut turn = lanes.iter().cycle();
     loop {
-        let accepted = tokio::select! {
-            accepted = listener.accept() => accepted.and_then(|(connection, _)| {
-                at_once(&connection);
-                connection.into_std()
-            }),
-            Some(Ok(ended)) = serving.join_next() => return ended,
+        let connection = tokio::select! {
+            connection = accept(&listener) => connection.into_std(),
+            Some(ended) = serving.join_next() => return match ended.map_err(JoinError::try_into_panic) {
+                Ok(ended) => ended,
+                Err(Ok(panic)) => std::panic::resume_unwind(panic),
+                // Its thread has ended: the process does.
+                Err(Err(_)) => Ok(()),
+            },
         };
-        match (accepted, turn.next()) {
-            // A thread that is this far behind is waited for.
-            (Ok(connection), Some(lane)) => _ = lane.send(connection).await,
-            (Ok(_), None) => {}
-            (Err(error), _) => {
-                // Such as too many open files: others end meanwhile.
-                tracing::warn!(%error, "a connection was not accepted");
-                tokio::time::sleep(Duration::from_millis(100)).await;
-            }
+        match connection {
+            // A thread that is this far behind is waited for; one that has ended is noticed above.
+            Ok(connection) => _ = lanes[threads.turn()].send(connection).await,
+            Err(error) => tracing::warn!(%error, "a connection can't be served"),
         }
     }
 }

@@ -23,7 +23,7 @@ use xxhash_rust::xxh64::xxh64;
 use crate::answer::{Answerer, VALUE_BYTES, failure, to_value, too_large, value_len};
 use crate::follow;
 use crate::host::Host;
-use crate::keyspace::{Keyspace, readable};
+use crate::keyspace::Keyspace;
 use crate::metrics::{Counts, Ending, Operation as Kind, Tally};
 use crate::record::{Record, glance};
 use crate::repair;
@@ -203,7 +203,7 @@ async fn scan(
     loop {
         // Each page asks anew: once the view is no longer read by, another store goes on.
         let Some(replica) = keyspace.reader(request.shard, request.shards) else {
-            let known = keyspace.with_topology(|t| readable(t).any(|v| v.size() == request.shards)).unwrap_or(false);
+            let known = keyspace.with_topology(|t| t.served().any(|v| v.size() == request.shards)).unwrap_or(false);
             let code = if known { FailureCode::NotReady } else { FailureCode::WrongShard };
             let message = format!(
                 "shard {} of {} is not read here by topology version {}",

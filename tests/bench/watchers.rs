@@ -24,6 +24,7 @@ use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tonic::codegen::http;
+use vasto_client::accept::connections;
 use vasto_client::hash::partition_hash;
 use vasto_client::v1::{Assignment, Known, Shard, Topology, View, WatchRequest};
 use vasto_client::{Client, Env};
@@ -815,7 +816,7 @@ async fn host(args: &Serve) -> anyhow::Result<()> {
     let listener = socket.listen(BACKLOG)?;
     let serving = hub::server()
         .add_service(OperatorService::new(hub.clone()))
-        .serve_with_incoming_shutdown(hub::connections(listener), stop.clone().cancelled_owned());
+        .serve_with_incoming_shutdown(connections(listener), stop.clone().cancelled_owned());
     let mut serving = tokio::spawn(serving);
     let awaited = watch::Sender::new(None);
     tokio::spawn(attend(hub.clone(), awaited.subscribe()));

@@ -1,10 +1,7 @@
-//! How a hub is served: the settings of its server and of its connections, the same for every driver.
+//! How a hub is served: the settings of its server, the same for every driver.
 
-use std::io;
 use std::time::Duration;
 
-use futures::Stream;
-use tokio::net::{TcpListener, TcpStream};
 use tonic::transport::Server;
 
 /// A peer that is gone without a word loses its stream after these two. Nothing waits for that: a store counts as
@@ -14,8 +11,6 @@ const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
 /// What a peer may send on a stream before it is read; a connection has one stream, or two.
 const STREAM_WINDOW: u32 = 64 << 10;
 const CONNECTION_WINDOW: u32 = 256 << 10;
-/// After a connection that could not be accepted. Where files have run out, the next one can't be either.
-const PAUSE: Duration = Duration::from_millis(50);
 
 /// A server for [`super::OperatorService`].
 pub fn server() -> Server {
@@ -24,23 +19,4 @@ pub fn server() -> Server {
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
-}
-
-/// The connections that come to this listener.
-pub fn connections(listener: TcpListener) -> impl Stream<Item = io::Result<TcpStream>> + Send {
-    futures::stream::unfold(listener, |listener| async move {
-        loop {
-            match listener.accept().await {
-                Ok((connection, _)) => {
-                    // Acknowledgements and reports are small and must not wait for more.
-                    let _ = connection.set_nodelay(true);
-                    return Some((Ok(connection), listener));
-                }
-                Err(error) => {
-                    tracing::warn!(%error, "can't accept a connection; trying again");
-                    tokio::time::sleep(PAUSE).await;
-                }
-            }
-        }
-    })
 }
