@@ -31,7 +31,9 @@ async fn in_use(bench: &Bench, shards: u32, copies: u32) -> Keyspace {
 async fn in_use_spec(bench: &Bench, spec: KeyspaceSpec) -> Keyspace {
     let (shards, copies) = (spec.shards, spec.replication_factor);
     let uid = bench.create_spec(spec).await.uid().to_owned();
-    bench.settled(shards, copies).await;
+    let version = topology(&bench.settled(shards, copies).await).version;
+    // The status is written before the stores are told, and a write is tried but once.
+    bench.wait("stores that know it", async || bench.fleet.with(|world| world.knows(&uid, version))).await;
     bench.fleet.write(&uid, KEYS);
     bench.keyspaces().get("packages").await.unwrap()
 }

@@ -495,6 +495,13 @@ impl World {
         held.map(|k| &k.topology).max_by_key(|t| t.version)
     }
 
+    /// Whether all running stores of the keyspace have this version of its topology, or a later one.
+    pub fn knows(&self, uid: &str, version: u64) -> bool {
+        let held = |volume: &String| self.volumes.get(volume)?.keyspaces.get(uid);
+        let mut stores = self.stores.values().filter(|s| s.only == uid && !s.stopping);
+        stores.all(|store| held(&store.volume).is_some_and(|k| k.topology.version >= version))
+    }
+
     fn check(&mut self, cause: &str) {
         let mut complaints = Vec::new();
         for (uid, ledger) in &self.ledgers {
