@@ -8,6 +8,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures::StreamExt;
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
 use vasto_client::v1::peer_client::PeerClient;
@@ -29,6 +30,9 @@ const LINES: usize = 1_000;
 const MESSAGE_BYTES: usize = 1 << 20;
 /// A record longer than this travels in parts.
 const PART_BYTES: usize = 8 << 20;
+/// After a message that told all there was, the next comes no sooner: what is written meanwhile goes along, and a
+/// message costs far more than a record in it. Whoever writes now and then does not wait for it.
+const PAUSE: Duration = Duration::from_millis(1);
 /// The longest silence of a source.
 const HEARTBEAT: Duration = Duration::from_millis(500);
 /// Silence after which a follower takes its source for dead and connects again.
@@ -226,11 +230,13 @@ pub(crate) async fn send(
             }
         }
         if at_end {
+            let sent = Instant::now();
             tokio::select! {
                 changed = writes.changed() => if changed.is_err() { return },
                 changed = updates.changed() => if changed.is_err() { return },
                 () = tokio::time::sleep(HEARTBEAT) => told = 0,
             }
+            tokio::time::sleep_until(sent + PAUSE).await;
         }
     }
 }
