@@ -26,9 +26,10 @@ use crate::v1::{Answer, Batch, Operation, answer};
 
 /// Message limit of every connection.
 pub(crate) const MAX_MESSAGE: usize = 16 << 20;
-/// A message is closed at this size or number of operations; one operation may go beyond.
+/// A message is closed at this size or number of operations; one operation may go beyond. So few that the store works on
+/// one while the next is made, and answers the first while it works on the second.
 const MESSAGE_BYTES: usize = 1 << 20;
-const MESSAGE_OPERATIONS: usize = 4096;
+const MESSAGE_OPERATIONS: usize = 128;
 /// What may wait to be sent. The greatest operation alone always fits.
 const QUEUE_BYTES: usize = 32 << 20;
 const QUEUE_OPERATIONS: usize = 32 << 10;
