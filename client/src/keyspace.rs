@@ -449,8 +449,9 @@ impl Keyspace {
     /// ```
     pub async fn batch(&self, ops: impl IntoIterator<Item = Op>) -> Vec<Result<Outcome, Error>> {
         let now_ms = self.shared.client.env().now_ms();
+        let ops = ops.into_iter();
         let mut answers = Vec::new();
-        let mut window = Vec::new();
+        let mut window = Vec::with_capacity(ops.size_hint().0.min(WINDOW_OPERATIONS));
         let mut bytes = 0;
         for op in ops {
             let op = op.prepare(now_ms, self.deadline);
@@ -461,7 +462,11 @@ impl Keyspace {
                 bytes = 0;
             }
         }
-        answers.extend(self.window(window).await);
+        let last = self.window(window).await;
+        if answers.is_empty() {
+            return last;
+        }
+        answers.extend(last);
         answers
     }
 
@@ -475,35 +480,41 @@ impl Keyspace {
     /// Puts operations in together, then sees to those that were not answered at the first try.
     async fn window(&self, ops: Vec<Result<Prepared, Error>>) -> Vec<Result<Outcome, Error>> {
         let start = Instant::now();
-        let mut answers: Vec<Option<Result<Outcome, Error>>> = ops.iter().map(|_| None).collect();
+        let refused = |op: &Result<Prepared, Error>| op.as_ref().err().cloned().map(Err);
+        let mut answers: Vec<Option<Result<Outcome, Error>>> = ops.iter().map(refused).collect();
         let (mut tries, near) = self.begin_all(&ops);
         for came in futures::future::join_all(near.into_iter().map(|asked| asked.answer(&ops, start))).await {
             self.settle(&ops, came, &mut answers, &mut tries);
         }
-        for ((op, tried), answer) in ops.iter().zip(&mut tries).zip(&mut answers) {
-            match (op, tried) {
-                (Err(error), _) => *answer = Some(Err(error.clone())),
-                (Ok(op), Some(tried)) => *answer = self.first(op, tried, start + op.deadline).await.map(Ok),
-                (Ok(_), None) => {}
-            }
-        }
         let mut left = Vec::new();
-        for (index, (op, tried)) in ops.iter().zip(tries).enumerate() {
-            if let (None, Ok(op)) = (&answers[index], op) {
-                let deadline = start + op.deadline;
-                left.push(async move { (index, self.drive(op, deadline, tried).await) });
+        for (index, mut tried) in tries {
+            let Some(Ok(op)) = ops.get(index) else { continue };
+            match self.first(op, &mut tried, start + op.deadline).await {
+                Some(outcome) => answers[index] = Some(Ok(outcome)),
+                None => left.push((index, tried)),
             }
         }
-        for (index, outcome) in futures::future::join_all(left).await {
-            answers[index] = Some(outcome);
+        if answers.iter().any(Option::is_none) {
+            left.sort_unstable_by_key(|(index, _)| *index);
+            let mut left = left.into_iter().peekable();
+            let mut driven = Vec::new();
+            for (index, op) in ops.iter().enumerate() {
+                let tried = left.next_if(|(at, _)| *at == index).map(|(_, tried)| tried);
+                if let (None, Ok(op)) = (&answers[index], op) {
+                    driven.push(async move { (index, self.drive(op, start + op.deadline, tried).await) });
+                }
+            }
+            for (index, outcome) in futures::future::join_all(driven).await {
+                answers[index] = Some(outcome);
+            }
         }
         answers.into_iter().flatten().collect()
     }
 
-    /// The first tries of a window, those to one store queued in one go; and what stores of this process were asked.
-    fn begin_all(&self, ops: &[Result<Prepared, Error>]) -> (Vec<Option<Try>>, Vec<Asked>) {
-        let mut tries: Vec<Option<Try>> = ops.iter().map(|_| None).collect();
-        let mut near = Vec::new();
+    /// The first tries of a window by its indices, those to one store queued in one go; and what stores of this process
+    /// were asked.
+    fn begin_all(&self, ops: &[Result<Prepared, Error>]) -> (Vec<(usize, Try)>, Vec<Asked>) {
+        let (mut tries, mut near) = (Vec::new(), Vec::new());
         // Where there is no topology to go by, each operation finds out for itself.
         let Ok(wired) = self.shared.wired() else { return (tries, near) };
         let mut groups: Vec<Group> = Vec::new();
@@ -540,7 +551,7 @@ impl Keyspace {
             let tickets = link.pipe.submit(operations);
             for ((index, shard, replica), ticket) in places.into_iter().zip(tickets) {
                 let (wired, link) = (wired.clone(), link.clone());
-                tries[index] = Some(Try { wired, shard, replica, link, ticket, reply: None, until });
+                tries.push((index, Try { wired, shard, replica, link, ticket, reply: None, until }));
             }
         }
         (tries, near)
@@ -552,7 +563,7 @@ impl Keyspace {
         ops: &[Result<Prepared, Error>],
         came: Came,
         answers: &mut [Option<Result<Outcome, Error>>],
-        tries: &mut [Option<Try>],
+        tries: &mut Vec<(usize, Try)>,
     ) {
         let Came { wired, link, replies } = came;
         let now = Instant::now();
@@ -574,7 +585,7 @@ impl Keyspace {
             };
             let (wired, link) = (wired.clone(), link.clone());
             let (ticket, reply) = (Err(Full), Some(reply));
-            tries[index] = Some(Try { wired, shard, replica, link, ticket, reply, until: now });
+            tries.push((index, Try { wired, shard, replica, link, ticket, reply, until: now }));
         }
     }
 
@@ -721,7 +732,7 @@ fn meaning(
             session.saw(shards, shard, giver, stamp);
             Some(match op.returning {
                 v1::Returning::Nothing => Outcome::Written(stamp),
-                _ => Outcome::Returned(stamp, written.value.map(Value::from)),
+                _ => Outcome::Returned(stamp, written.value.map(|value| Value::from(*value))),
             })
         }
         _ => None,

@@ -287,14 +287,14 @@ fn found(replica: &Replica, row: Result<Option<Row>, String>, asked: &Read, now:
     match decoded {
         // Under another partition key it is another key's.
         Ok(Some(record)) if record.partition_hash() == asked.hash => match to_value(record.read(now), asked.head) {
-            Some(value) if value_len(&value) > VALUE_BYTES => answer::Result::Failure(*too_large(value_len(&value))),
+            Some(value) if value_len(&value) > VALUE_BYTES => answer::Result::Failure(too_large(value_len(&value))),
             Some(value) => answer::Result::Found(value),
             None => answer::Result::Missing(Missing {}),
         },
         Ok(_) => answer::Result::Missing(Missing {}),
         Err(error) => {
             tracing::error!(replica = replica.id, error, "a record can't be read");
-            answer::Result::Failure(*failure(FailureCode::Internal, error, None))
+            answer::Result::Failure(failure(FailureCode::Internal, error, None))
         }
     }
 }
@@ -337,7 +337,7 @@ fn written(keyspace: &Keyspace, replica: &Replica, id: u64, result: Result<Taken
         Ok(Taken { stamp, view, left_out }) => {
             let head = matches!(&view, Some(View { content: Content::Bytes(b), .. }) if b.len() > VALUE_BYTES);
             let value = view.and_then(|view| to_value(view, head));
-            let value = value.map(|value| Value { size: left_out.or(value.size), ..value });
+            let value = value.map(|value| Box::new(Value { size: left_out.or(value.size), ..value }));
             let written = Written { stamp: Some(stamp.into()), replica: replica.id, value };
             Answer { id, result: Some(answer::Result::Written(written)) }
         }
@@ -349,7 +349,7 @@ fn written(keyspace: &Keyspace, replica: &Replica, id: u64, result: Result<Taken
 }
 
 fn failed(id: u64, failure: Box<Failure>) -> Answer {
-    Answer { id, result: Some(answer::Result::Failure(*failure)) }
+    Answer { id, result: Some(answer::Result::Failure(failure)) }
 }
 
 pub(crate) fn failure(
@@ -362,13 +362,12 @@ pub(crate) fn failure(
 
 /// Roughly an answer's bytes on the wire: values have up to 8 MiB each.
 fn size(answer: &Answer) -> usize {
-    match &answer.result {
-        Some(
-            answer::Result::Found(Value { value: Some(value::Value::Bytes(b)), .. })
-            | answer::Result::Written(Written { value: Some(Value { value: Some(value::Value::Bytes(b)), .. }), .. }),
-        ) => b.len() + 64,
-        _ => 64,
-    }
+    let value = match &answer.result {
+        Some(answer::Result::Found(value)) => Some(value),
+        Some(answer::Result::Written(written)) => written.value.as_deref(),
+        _ => None,
+    };
+    64 + value.map_or(0, value_len)
 }
 
 /// A pipe's answers: takes messages as they come, and tells together what is ready at the same time.

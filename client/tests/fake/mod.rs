@@ -265,12 +265,12 @@ impl FakeStore {
     }
 
     fn refusal(code: FailureCode) -> answer::Result {
-        answer::Result::Failure(Failure { code: code.into(), message: format!("told to: {code:?}"), topology: None })
+        answer::Result::Failure(Box::new(Failure { code: code.into(), message: format!("told to: {code:?}"), topology: None }))
     }
 
     fn execute(&self, op: &Operation) -> answer::Result {
         if let Some(failure) = self.wrong(op.shard, op.shards) {
-            return answer::Result::Failure(failure);
+            return answer::Result::Failure(Box::new(failure));
         }
         let time = self.world.clock.fetch_add(1, SeqCst) << 16;
         let stamp = Some(Stamp { time, origin: self.store as u64 });
@@ -280,7 +280,7 @@ impl FakeStore {
         let written = answer::Result::Written(Written {
             stamp,
             replica: replica(self.store, op.shard as usize),
-            value: returned.map(|(held, expiry_ms)| value(held, *expiry_ms, stamp)),
+            value: returned.map(|(held, expiry_ms)| Box::new(value(held, *expiry_ms, stamp))),
         });
         match op.kind.clone().unwrap() {
             operation::Kind::Get(_) => match data.get(&op.key) {

@@ -468,26 +468,29 @@ impl Shape {
     }
 
     /// The reply, of the outcomes of all its operations in their order.
-    pub(super) fn reply(self, outcomes: Vec<Result<Outcome, Error>>, now_ms: u64) -> Reply {
-        let count = outcomes.len();
-        let mut values = Vec::with_capacity(count);
-        let mut failed = None;
+    pub(super) fn reply(self, outcomes: impl Iterator<Item = Result<Outcome, Error>>, now_ms: u64) -> Reply {
+        let (mut done, mut count, mut found, mut failed) = (0, 0, 0, None);
+        let (mut values, mut value) = (Vec::new(), None);
         for outcome in outcomes {
+            count += 1;
             match outcome {
-                Ok(outcome) => values.push(outcome.value()),
+                Ok(outcome) => {
+                    done += 1;
+                    value = outcome.value();
+                    found += i64::from(value.is_some());
+                    if self.answer == Answer::Values {
+                        values.push(value.take());
+                    }
+                }
                 Err(error) => failed = failed.or(Some(error)),
             }
         }
         if let Some(error) = failed {
-            return self.refused(&error, (values.len(), count));
+            return self.refused(&error, (done, count));
         }
         match self.answer {
-            Answer::Values => return Reply::Array(values.into_iter().map(bulk).collect()),
-            Answer::Count => return Reply::Integer(values.iter().flatten().count() as i64),
-            _ => {}
-        }
-        let value = values.pop().flatten();
-        match self.answer {
+            Answer::Values => Reply::Array(values.into_iter().map(bulk).collect()),
+            Answer::Count => Reply::Integer(found),
             Answer::Ok => Reply::OK,
             Answer::Length => Reply::Integer(value.as_ref().map_or(0, length)),
             Answer::Integer => whole(value),
@@ -498,7 +501,7 @@ impl Shape {
                 let bytes = value.map_or_else(Bytes::new, |value| number::bytes(value.data));
                 Reply::Bulk(range(&bytes, start, end))
             }
-            Answer::Value | Answer::Values | Answer::Count | Answer::Float => bulk(value),
+            Answer::Value | Answer::Float => bulk(value),
         }
     }
 
@@ -720,7 +723,7 @@ mod tests {
     #[test]
     fn outcomes_become_replies() {
         let reply = |line: &str, outcomes: Vec<Result<Outcome, Error>>| match read(line) {
-            Ok(Command::Map(asked)) => asked.shape.reply(outcomes, NOW),
+            Ok(Command::Map(asked)) => asked.shape.reply(outcomes.into_iter(), NOW),
             other => panic!("{other:?}"),
         };
         let found = |data: Data, expiry| Ok(Outcome::Found(value(data, expiry)));

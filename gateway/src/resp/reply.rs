@@ -1,7 +1,5 @@
 //! What is answered, and how the protocol's two versions write it down.
 
-use std::fmt::Write;
-
 use bytes::{BufMut, Bytes, BytesMut};
 
 /// The protocol's version that a client has asked for.
@@ -82,10 +80,8 @@ impl Reply {
     }
 }
 
-fn put_number(out: &mut BytesMut, kind: u8, number: impl std::fmt::Display) {
-    out.put_u8(kind);
-    // Into memory: it can't fail.
-    let _ = write!(out, "{number}\r\n");
+fn put_number(out: &mut BytesMut, kind: u8, number: impl itoa::Integer) {
+    put_line(out, kind, itoa::Buffer::new().format(number).as_bytes());
 }
 
 fn put_line(out: &mut BytesMut, kind: u8, line: &[u8]) {

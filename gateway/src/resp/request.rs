@@ -65,15 +65,18 @@ impl Reader {
                     None => return Ok(None),
                     Some(b'*') => {
                         let Some(line) = line(buffer, "too big mbulk count string")? else { return Ok(None) };
-                        let count = number(&line[1..]).filter(|n| *n <= MAX_WORDS as i64);
+                        let count = number(&buffer[1..line.end]).filter(|n| *n <= MAX_WORDS as i64);
                         let Some(count) = count else { return malformed("invalid multibulk length") };
+                        buffer.advance(line.next);
                         // None at all is no command.
                         self.left = usize::try_from(count).unwrap_or(0);
                         continue;
                     }
                     Some(_) => {
                         let Some(line) = line(buffer, "too big inline request")? else { return Ok(None) };
-                        let Some(words) = split(&line) else { return malformed("unbalanced quotes in request") };
+                        let words = split(&buffer[..line.end]);
+                        let Some(words) = words else { return malformed("unbalanced quotes in request") };
+                        buffer.advance(line.next);
                         if words.is_empty() {
                             continue;
                         }
@@ -92,13 +95,14 @@ impl Reader {
                         }
                     }
                     let Some(line) = line(buffer, "too big bulk count string")? else { return Ok(None) };
-                    let length = number(&line[1..]).and_then(|n| usize::try_from(n).ok());
+                    let length = number(&buffer[1..line.end]).and_then(|n| usize::try_from(n).ok());
                     let Some(length) = length.filter(|n| *n <= MAX_BULK) else {
                         return malformed("invalid bulk length");
                     };
                     if self.taken + length + WORD_OVERHEAD > MAX_REQUEST {
                         return malformed(format!("a command has at most {MAX_REQUEST} bytes"));
                     }
+                    buffer.advance(line.next);
                     self.bulk = Some(length);
                     length
                 }
@@ -122,17 +126,20 @@ impl Reader {
     }
 }
 
-/// The next line, without its end.
-fn line(buffer: &mut BytesMut, too_long: &str) -> Result<Option<Bytes>, Malformed> {
+/// Where the line that a buffer begins with ends, and where the next begins.
+struct Line {
+    end: usize,
+    next: usize,
+}
+
+/// The line that the buffer begins with; a shared piece of memory for each would cost more than all of its reading.
+fn line(buffer: &[u8], too_long: &str) -> Result<Option<Line>, Malformed> {
     let Some(end) = buffer.iter().take(MAX_LINE).position(|byte| *byte == b'\n') else {
         return if buffer.len() >= MAX_LINE { malformed(too_long) } else { Ok(None) };
     };
-    let mut line = buffer.split_to(end + 1).freeze();
-    line.truncate(end);
-    if line.last() == Some(&b'\r') {
-        line.truncate(end - 1);
-    }
-    Ok(Some(line))
+    let next = end + 1;
+    let end = if buffer[..end].ends_with(b"\r") { end - 1 } else { end };
+    Ok(Some(Line { end, next }))
 }
 
 fn number(text: &[u8]) -> Option<i64> {

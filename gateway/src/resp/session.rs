@@ -3,6 +3,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::fmt::Write;
+use std::hash::BuildHasher;
 use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -44,11 +45,11 @@ pub(super) struct Session<'a> {
 }
 
 /// Commands that are carried out together.
-#[derive(Default)]
 struct Group {
     ops: Vec<Op>,
     items: Vec<Item>,
-    touched: HashMap<Bytes, Touch, foldhash::fast::RandomState>,
+    /// By the keys' hashes: two keys of one hash are only kept apart without need.
+    touched: HashMap<u64, Touch, foldhash::fast::RandomState>,
     values: usize,
 }
 
@@ -59,9 +60,23 @@ enum Item {
 }
 
 impl Group {
+    /// For about so many commands.
+    fn with_room(commands: usize) -> Self {
+        Self {
+            ops: Vec::with_capacity(commands),
+            items: Vec::with_capacity(commands),
+            touched: HashMap::with_capacity_and_hasher(commands, foldhash::fast::RandomState::default()),
+            values: 0,
+        }
+    }
+
+    fn hash(&self, op: &Op) -> u64 {
+        self.touched.hasher().hash_one(op.key())
+    }
+
     /// Whether these operations may go with those that are in it already.
     fn takes(&self, ops: &[Op], shape: Shape, reads: usize) -> bool {
-        let beside = |op: &Op| match self.touched.get(op.key()) {
+        let beside = |op: &Op| match self.touched.get(&self.hash(op)) {
             None => true,
             Some(touch) => *touch == shape.touch && *touch != Touch::Write,
         };
@@ -69,7 +84,9 @@ impl Group {
     }
 
     fn add(&mut self, ops: Vec<Op>, shape: Shape) {
-        self.touched.extend(ops.iter().map(|op| (op.key().clone(), shape.touch)));
+        for op in &ops {
+            self.touched.insert(self.hash(op), shape.touch);
+        }
         self.values += if shape.holds_values() { ops.len() } else { 0 };
         self.items.push(Item::Asked(shape, ops.len()));
         self.ops.extend(ops);
@@ -102,7 +119,7 @@ impl<'a> Session<'a> {
 
     /// Carries out the next command, with as many behind it as can go with it; says how many failed.
     pub(super) async fn step(&mut self, commands: &mut VecDeque<Result<Command, Reply>>, out: &mut BytesMut) -> usize {
-        let mut group = Group::default();
+        let mut group = Group::with_room(commands.len().min(128));
         while let Some(next) = commands.front() {
             match next {
                 Err(_) => {}
@@ -136,7 +153,7 @@ impl<'a> Session<'a> {
         for item in items {
             let reply = match item {
                 Item::Said(reply) => reply,
-                Item::Asked(shape, count) => shape.reply(outcomes.by_ref().take(count).collect(), now_ms),
+                Item::Asked(shape, count) => shape.reply(outcomes.by_ref().take(count), now_ms),
             };
             failed += usize::from(matches!(reply, Reply::Error(_)));
             reply.encode(self.version, out);

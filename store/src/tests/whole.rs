@@ -134,7 +134,7 @@ async fn a_write_tells_what_was_there_or_is_and_a_head_leaves_out_the_bytes() {
     let ask = async |operation: Operation| {
         let answer = server.clone().answer(batch([operation])).await.pop().unwrap().result.unwrap();
         match answer {
-            answer::Result::Written(written) => written.value,
+            answer::Result::Written(written) => written.value.map(|value| *value),
             answer::Result::Found(value) => Some(value),
             answer::Result::Missing(_) => None,
             answer::Result::Failure(failure) => panic!("{failure:?}"),
