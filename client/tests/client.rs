@@ -61,7 +61,10 @@ async fn a_batch_goes_in_as_few_messages_as_it_takes_and_is_answered_in_order() 
     assert_eq!(answers.len(), 1001);
     assert_eq!(answers[7].as_ref().unwrap_err().code(), Code::Invalid);
     assert_eq!(answers.iter().filter(|a| matches!(a, Ok(Outcome::Written(_)))).count(), 1000);
-    assert_eq!(cluster.gauge(0).messages.lock().unwrap().iter().map(Vec::len).collect::<Vec<_>>(), [128, 128, 128, 128, 128, 128, 128, 104]);
+    assert_eq!(
+        cluster.gauge(0).messages.lock().unwrap().iter().map(Vec::len).collect::<Vec<_>>(),
+        [128, 128, 128, 128, 128, 128, 128, 104]
+    );
     let answers = map.batch((0..1000).map(|n| Op::get(format!("k{n}")))).await;
     for (n, answer) in answers.into_iter().enumerate() {
         assert_eq!(answer.unwrap().value().unwrap().number(), Some(n as f64));

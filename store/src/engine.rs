@@ -6,18 +6,20 @@
 //! simulation can crash.
 
 mod rocks;
+mod row_cache;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use rocksdb::ErrorKind;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use vasto_client::v1::Disk;
 
 use crate::record::Record;
 pub use rocks::RocksStorage;
+pub use row_cache::{RowCache, RowCacheUsage};
 
 /// A key and a value of `meta`.
 pub type MetaRow = (Vec<u8>, Vec<u8>);
@@ -89,7 +91,7 @@ pub struct Usage {
 /// What compaction may drop, decided elsewhere and read at each row.
 #[derive(Default)]
 pub struct Collection {
-    /// Rows up to this local seq have been confirmed by every replica, and the grace time has passed. 0: none.
+    /// RowCache up to this local seq have been confirmed by every replica, and the grace time has passed. 0: none.
     pub horizon: AtomicU64,
     /// Expired records are dropped only before this time, unix ms (wall clock less the skew limit).
     pub expired_before_ms: AtomicU64,
@@ -292,9 +294,12 @@ pub trait Storage: Send + Sync {
 
     /// Bytes of the block cache: all, and those in use at this moment.
     fn cache_bytes(&self) -> (u64, u64);
+
+    /// Where rows are kept in memory.
+    fn row_cache(&self) -> &Arc<RowCache>;
 }
 
-/// Rows at one instant, or as they are now.
+/// RowCache at one instant, or as they are now.
 pub trait View {
     /// Walks the rows of a family from the key `from` on, in key order, until `visit` says false.
     fn walk(&self, family: Family, from: &[u8], visit: &mut dyn FnMut(&[u8], &[u8]) -> bool) -> Result<(), Error>;
@@ -358,6 +363,9 @@ pub trait Sorted {
 pub struct Engine {
     db: Box<dyn Database>,
     path: PathBuf,
+    cache: Arc<RowCache>,
+    /// Its number there.
+    number: u64,
     /// What compaction may drop.
     pub collection: Arc<Collection>,
     /// Tells that the database is closed: the last field, so dropped after it.
@@ -369,12 +377,25 @@ impl Engine {
     pub fn open(path: &Path, storage: &dyn Storage) -> Result<Self, Error> {
         let collection = Arc::new(Collection::default());
         let db = storage.open(path, collection.clone())?;
-        Ok(Self { db, path: path.to_owned(), collection, closed: CancellationToken::new().drop_guard() })
+        let cache = storage.row_cache().clone();
+        let (path, number) = (path.to_owned(), cache.database());
+        Ok(Self { db, path, cache, number, collection, closed: CancellationToken::new().drop_guard() })
     }
 
     /// Writes all of the batch or nothing; `sync`: and syncs the log before it returns.
     pub fn write(&self, batch: &Batch, sync: bool) -> Result<(), Error> {
-        self.db.write(batch, sync)
+        let written = self.db.write(batch, sync);
+        for write in batch.writes() {
+            match write {
+                // What a failed write has left is for a read to find out.
+                Write::Put(Family::Records, key, row) => {
+                    self.cache.wrote(self.number, key, split_row(row).filter(|_| written.is_ok()));
+                }
+                Write::Delete(Family::Records, key) => self.cache.wrote(self.number, key, None),
+                _ => {}
+            }
+        }
+        written
     }
 
     /// Syncs the log: all that was written before survives the machine.
@@ -384,35 +405,41 @@ impl Engine {
 
     /// A record's row.
     pub fn row(&self, key: &[u8]) -> Result<Option<Row>, Error> {
-        let Some(row) = self.db.get(Family::Records, key)? else { return Ok(None) };
-        let Some((seq, _)) = split_row(&row) else { return Err(self.malformed(Family::Records, row.len())) };
-        Ok(Some(Row { seq, record: row.slice(8..) }))
+        self.rows_of(&[key], Reach::Disk).pop().flatten().unwrap_or(Ok(None))
     }
 
     /// The rows of many records, in the order of their keys; `None`: the row is not in memory, and the read was not to
-    /// go further. They share one allocation.
+    /// go further.
     pub fn rows_of(&self, keys: &[&[u8]], reach: Reach) -> Vec<Option<Result<Option<Row>, Error>>> {
-        type At = (u64, std::ops::Range<usize>);
-        let mut bytes = BytesMut::new();
-        let mut rows: Vec<Option<Result<Option<At>, Error>>> = keys.iter().map(|_| None).collect();
-        self.db.get_many(keys, reach, &mut |index, found| {
+        let (mut missed, mut asked) = (Vec::new(), Vec::new());
+        let mut rows = Vec::with_capacity(keys.len());
+        for (index, key) in keys.iter().enumerate() {
+            rows.push(match self.cache.look(self.number, key) {
+                Ok(row) => Some(Ok(Some(row))),
+                Err(miss) => {
+                    missed.push((index, miss));
+                    asked.push(*key);
+                    None
+                }
+            });
+        }
+        self.cache.count(keys.len() - missed.len(), missed.len());
+        if missed.is_empty() {
+            return rows;
+        }
+        self.db.get_many(&asked, reach, &mut |place, found| {
+            let (index, miss) = missed[place];
             rows[index] = match found {
                 Ok(Found::NotInMemory) => None,
                 Ok(Found::Nothing) => Some(Ok(None)),
                 Ok(Found::Value(row)) => Some(match split_row(row) {
-                    Some((seq, record)) => {
-                        let start = bytes.len();
-                        bytes.extend_from_slice(record);
-                        Ok(Some((seq, start..bytes.len())))
-                    }
+                    Some((seq, record)) => Ok(Some(self.cache.fill(self.number, asked[place], miss, seq, record))),
                     None => Err(self.malformed(Family::Records, row.len())),
                 }),
                 Err(error) => Some(Err(error)),
             };
         });
-        let bytes = bytes.freeze();
-        let row = |(seq, at)| Row { seq, record: bytes.slice(at) };
-        rows.into_iter().map(|found| found.map(|found| found.map(|found| found.map(row)))).collect()
+        rows
     }
 
     fn malformed(&self, family: Family, len: usize) -> Error {
@@ -493,7 +520,7 @@ impl Engine {
         Ok(SortedFile { file: self.db.sorted_file(path)?, row: Vec::new() })
     }
 
-    /// Moves sorted files of rows in; they take effect together.
+    /// Moves sorted files of rows in, before anything was read; they take effect together.
     pub fn ingest(&self, files: Vec<PathBuf>) -> Result<(), Error> {
         if files.is_empty() { Ok(()) } else { self.db.ingest(files) }
     }

@@ -12,6 +12,7 @@ use vasto_client::v1::peer_client::PeerClient;
 use vasto_client::v1::{Disk, KeyspaceReport, KeyspaceUpdate, LearnRequest, ReplicaReport, StoreReport};
 
 use crate::dir::{self, Dir};
+use crate::engine::RowCacheUsage;
 use crate::keyspace::Keyspace;
 use crate::replica::{Context, Replica};
 
@@ -128,6 +129,11 @@ impl Host {
     /// Bytes of the block cache: all, and those in use at this moment.
     pub fn cache_bytes(&self) -> (u64, u64) {
         self.context.storage.cache_bytes()
+    }
+
+    /// What the rows that are kept in memory take, and how they were asked.
+    pub fn row_cache_usage(&self) -> RowCacheUsage {
+        self.context.storage.row_cache().usage()
     }
 
     /// Rung when something that is reported has changed.

@@ -93,7 +93,7 @@ pub struct Options {
     pub only: Option<String>,
     /// Tells whether it is ready, and what it does.
     pub monitor: Monitor,
-    /// Bytes of block cache for all replicas together.
+    /// Bytes of what was read, rows and blocks, for all replicas together.
     pub cache_bytes: usize,
     /// Bytes of memtables for all replicas together.
     pub write_buffer_bytes: usize,

@@ -8,7 +8,7 @@ use std::sync::{Arc, OnceLock, Weak};
 use std::time::Duration;
 
 use prometheus_client::collector::Collector;
-use prometheus_client::encoding::DescriptorEncoder;
+use prometheus_client::encoding::{DescriptorEncoder, NoLabelSet};
 use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -272,13 +272,28 @@ impl Collector for Standing {
             unit: Some(Unit::Seconds),
             rows: by_shard(&compared, |seconds| *seconds),
         };
+        let rows = host.row_cache_usage();
+        let kept = Gauges {
+            name: "store_row_cache_usage",
+            help: "Rows that are kept in memory, with their keys.",
+            unit: Some(Unit::Bytes),
+            rows: vec![(Vec::new(), rows.bytes)],
+        };
         let families = families(&host.report(), host.is_connected(), host.cache_bytes(), &usage);
-        for family in families.into_iter().chain([compared]) {
+        for family in families.into_iter().chain([compared, kept]) {
             let mut metric =
                 encoder.encode_descriptor(family.name, family.help, family.unit.as_ref(), MetricType::Gauge)?;
             for (labels, value) in &family.rows {
                 metric.encode_family(labels)?.encode_gauge(value)?;
             }
+        }
+        let counters = [
+            ("store_row_cache_hits", "Rows of which the row cache had what was asked.", rows.hits),
+            ("store_row_cache_misses", "Rows that were looked for in RocksDB.", rows.misses),
+        ];
+        for (name, help, count) in counters {
+            let mut metric = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+            metric.encode_counter::<NoLabelSet, _, u64>(&count, None)?;
         }
         Ok(())
     }

@@ -358,12 +358,21 @@ async fn a_tombstone_goes_only_below_the_horizon() {
     put(&replica, "key").await.unwrap();
     one(&replica, set("key", Content::Nothing)).await.unwrap();
     put(&replica, "kept").await.unwrap();
+    // Not by the row cache, which may have for a while what compaction has dropped.
+    let keys = || {
+        let mut keys = Vec::new();
+        let visit = |key: &[u8], _, _: &[u8]| {
+            keys.push(String::from_utf8_lossy(key).into_owned());
+            true
+        };
+        replica.engine.rows(b"", None, visit).unwrap();
+        keys
+    };
     replica.engine.compact();
-    assert!(replica.engine.row(b"key").unwrap().is_some(), "nobody has confirmed it");
+    assert_eq!(keys(), ["kept", "key"], "nobody has confirmed it");
     replica.engine.collection.horizon.store(replica.progress.last_seq(), Ordering::Release);
     replica.engine.compact();
-    assert!(replica.engine.row(b"key").unwrap().is_none());
-    assert!(replica.engine.row(b"kept").unwrap().is_some());
+    assert_eq!(keys(), ["kept"]);
 }
 
 #[tokio::test(flavor = "multi_thread")]

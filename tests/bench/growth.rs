@@ -8,7 +8,7 @@ use crate::sample::Sample;
 use crate::vasto::{Setup, Vasto};
 use crate::word;
 
-/// A store's block cache; there is no flag for another one, so the data is what grows.
+/// A store's caches, of rows and of blocks; there is no flag for others, so the data is what grows.
 const CACHE: u64 = 64 << 20;
 /// Bytes of a value while data grows.
 const ROW: usize = 1000;
@@ -25,7 +25,7 @@ pub fn run(bench: &Bench) -> anyhow::Result<Vec<Measured>> {
         vasto.run(&vasto.load(Work::Fill, keys, ROW))?;
         vasto.command(&["keyspace", "compact", crate::vasto::KEYSPACE], std::time::Duration::from_secs(300))?;
         for work in [Work::Get, Work::Put] {
-            let name = format!("data {:>4} × block cache: {}", tenths as f64 / 10.0, word(&work));
+            let name = format!("data {:>4} × caches: {}", tenths as f64 / 10.0, word(&work));
             let load = Load { seconds: bench.seconds, ..vasto.load(work, keys, ROW) };
             let samples = vasto.measure(&load, bench.few_rounds())?;
             push(bench, &mut all, name, samples, if work == Work::Get { "data get" } else { "data put" });

@@ -255,7 +255,7 @@ impl Report {
             (
                 "Growth",
                 "*Relative*: to the first row of its kind. Rows of 1,000 bytes while the data grows, of 100 bytes while \
-                 shards do. The block cache has 64 MiB.",
+                 shards do. The caches of rows and blocks have 64 MiB.",
                 &self.growth,
             ),
         ];

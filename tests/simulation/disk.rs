@@ -17,7 +17,7 @@ use prost::Message;
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use vasto_client::v1;
 use vasto_store::engine::{
-    Batch, Collection, Database, Error, Family, Found, MetaRow, Reach, Sorted, Storage, Usage, View, Write,
+    Batch, Collection, Database, Error, Family, Found, MetaRow, Reach, RowCache, Sorted, Storage, Usage, View, Write,
 };
 
 use crate::net::elapsed;
@@ -128,9 +128,13 @@ impl State {
     }
 }
 
+/// Of rows that are kept beside the databases.
+const ROWS_BYTES: u64 = 64 << 10;
+
 /// One machine's databases, by their folders. They outlive the process.
 pub struct MemoryStorage {
     databases: Mutex<BTreeMap<PathBuf, Arc<Mutex<State>>>>,
+    rows: Arc<RowCache>,
     disk: Arc<Disk>,
 }
 
@@ -158,7 +162,9 @@ impl MemoryStorage {
     pub fn new(seed: u64) -> Self {
         let random = Mutex::new(StdRng::seed_from_u64(seed));
         let disk = Disk { random, fails: AtomicBool::default(), failed: Mutex::default() };
-        Self { databases: Mutex::default(), disk: Arc::new(disk) }
+        // So few that some go.
+        let rows = Arc::new(RowCache::new(ROWS_BYTES, seed));
+        Self { databases: Mutex::default(), rows, disk: Arc::new(disk) }
     }
 
     /// The next sync fails, as where the disk can't write.
@@ -263,6 +269,10 @@ impl Storage for MemoryStorage {
 
     fn cache_bytes(&self) -> (u64, u64) {
         (0, 0)
+    }
+
+    fn row_cache(&self) -> &Arc<RowCache> {
+        &self.rows
     }
 }
 

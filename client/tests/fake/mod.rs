@@ -265,7 +265,11 @@ impl FakeStore {
     }
 
     fn refusal(code: FailureCode) -> answer::Result {
-        answer::Result::Failure(Box::new(Failure { code: code.into(), message: format!("told to: {code:?}"), topology: None }))
+        answer::Result::Failure(Box::new(Failure {
+            code: code.into(),
+            message: format!("told to: {code:?}"),
+            topology: None,
+        }))
     }
 
     fn execute(&self, op: &Operation) -> answer::Result {

@@ -12,20 +12,25 @@ use rocksdb::{
 };
 use vasto_client::v1::Disk;
 
-use super::{Batch, Collection, Database, Error, Family, Found, MetaRow, Reach, Sorted, Storage, Usage, View, Write};
+use super::{
+    Batch, Collection, Database, Error, Family, Found, MetaRow, Reach, RowCache, Sorted, Storage, Usage, View, Write,
+};
 
 /// RocksDB in folders, with memory bounds for all of a process's databases together.
 pub struct RocksStorage {
     cache: Cache,
+    rows: Arc<RowCache>,
     write_buffers: WriteBufferManager,
 }
 
 impl RocksStorage {
-    /// `cache_bytes` for blocks and `write_buffer_bytes` for memtables, over all replicas together.
+    /// `cache_bytes` for what was read, half of it for rows and half for blocks, and `write_buffer_bytes` for memtables,
+    /// over all replicas together.
     pub fn new(cache_bytes: usize, write_buffer_bytes: usize) -> Self {
         Self {
             // Many threads read at once; 0: it finds out for itself how large its entries are.
-            cache: Cache::new_hyper_clock_cache(cache_bytes, 0),
+            cache: Cache::new_hyper_clock_cache(cache_bytes / 2, 0),
+            rows: Arc::new(RowCache::new(cache_bytes as u64 / 2, rand::random())),
             write_buffers: WriteBufferManager::new_write_buffer_manager(write_buffer_bytes, false),
         }
     }
@@ -108,6 +113,10 @@ impl Storage for RocksStorage {
 
     fn cache_bytes(&self) -> (u64, u64) {
         (self.cache.get_usage() as u64, self.cache.get_pinned_usage() as u64)
+    }
+
+    fn row_cache(&self) -> &Arc<RowCache> {
+        &self.rows
     }
 }
 
