@@ -81,6 +81,12 @@ impl Clock {
         (self.last > self.ceiling).then(|| soon.max(time_of(now_ms.saturating_add(STEP_MS))))
     }
 
+    /// A ceiling to write soon, so that it is synced by the time it is needed, and nobody waits for that: once the wall
+    /// clock has come halfway to the present one.
+    pub fn wants_ceiling(&self, now_ms: u64) -> Option<u64> {
+        (self.ceiling < time_of(now_ms.saturating_add(STEP_MS / 2))).then(|| time_of(now_ms.saturating_add(STEP_MS)))
+    }
+
     /// This ceiling is synced.
     pub fn set_ceiling(&mut self, ceiling: u64) {
         self.ceiling = self.ceiling.max(ceiling);
@@ -158,6 +164,27 @@ mod tests {
             }
         }
         assert_eq!(synced, [10_000, 13_000, 16_000, 19_000]);
+    }
+
+    #[test]
+    fn who_writes_the_ceiling_that_is_wanted_never_needs_one() {
+        let mut clock = Clock::new(7);
+        clock.set_ceiling(time_of(10_000 + STEP_MS));
+        let mut written = Vec::new();
+        for ms in 10_000..20_000 {
+            clock.tick(ms);
+            assert_eq!(clock.needs_ceiling(ms), None, "{ms}");
+            if let Some(ceiling) = clock.wants_ceiling(ms) {
+                written.push((ms, ceiling));
+                clock.set_ceiling(ceiling);
+            }
+        }
+        let expected = [11_501, 13_002, 14_503, 16_004, 17_505, 19_006].map(|ms| (ms, time_of(ms + STEP_MS)));
+        assert_eq!(written, expected);
+        // Of a clock that is ahead of the wall clock a crash must add little.
+        let mut ahead = Clock::after_restart(time_of(22_000), 7);
+        ahead.tick(20_000);
+        assert_eq!(ahead.wants_ceiling(20_000), None);
     }
 
     #[test]

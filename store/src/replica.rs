@@ -129,6 +129,8 @@ pub struct Progress {
     /// Rings when a follower has confirmed more, or has gone.
     heard: watch::Sender<()>,
     synced_seq: AtomicU64,
+    /// How often the writer has written ceilings ahead of need, and how many of those are synced.
+    ceilings: [AtomicU64; 2],
     clock: AtomicU64,
     passed: AtomicU64,
     horizon: AtomicU64,
@@ -291,6 +293,21 @@ impl Progress {
     /// By the writer.
     pub fn set_served(&self, served: bool) {
         self.served.fetch_or(served, Ordering::AcqRel);
+    }
+    /// How often the writer has written ceilings ahead of need.
+    pub fn ceilings_written(&self) -> u64 {
+        self.ceilings[0].load(Ordering::Acquire)
+    }
+    /// By the writer, after it did.
+    pub fn set_ceilings_written(&self, number: u64) {
+        self.ceilings[0].store(number, Ordering::Release);
+    }
+    /// How many of those are synced.
+    pub fn ceilings_synced(&self) -> u64 {
+        self.ceilings[1].load(Ordering::Acquire)
+    }
+    fn set_ceilings_synced(&self, number: u64) {
+        self.ceilings[1].fetch_max(number, Ordering::AcqRel);
     }
     /// Whether a write is synced before it is answered.
     pub fn synced_writes(&self) -> bool {
@@ -508,6 +525,7 @@ impl Replica {
             synced: watch::Sender::new(0),
             heard: watch::Sender::new(()),
             synced_seq: AtomicU64::new(seq),
+            ceilings: Default::default(),
             clock: AtomicU64::new(found.clock),
             passed: AtomicU64::new(0),
             horizon: AtomicU64::new(found.horizon),
@@ -656,7 +674,9 @@ impl Replica {
     /// Syncs all that the engine holds, also what the progress does not know of yet. A failure is the replica's last
     /// sync: what the disk then holds is unknown. Blocks.
     pub fn sync_engine(&self) -> Result<(), engine::Error> {
-        self.engine.sync().inspect_err(|error| {
+        let ceilings = self.progress.ceilings_written();
+        let synced = self.engine.sync().inspect(|()| self.progress.set_ceilings_synced(ceilings));
+        synced.inspect_err(|error| {
             tracing::error!(replica = self.id, %error, "a sync failed; the replica takes no more writes");
             self.progress.poison(error.to_string());
         })

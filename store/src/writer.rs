@@ -132,6 +132,8 @@ pub struct Writer {
     clock: Clock,
     seq: u64,
     seq_ceiling: u64,
+    /// Ceilings that are written ahead of need and not known to be synced yet.
+    ahead: Option<Ceilings>,
     topology: Arc<Topology>,
     /// By the topology, the shard and the number of shards whose keys clients may write here; looked up once, not
     /// with each write.
@@ -193,6 +195,14 @@ struct Pending {
     sync: bool,
 }
 
+/// Ceilings of clock and seq, counted from the first that the writer wrote ahead.
+#[derive(Clone, Copy)]
+struct Ceilings {
+    number: u64,
+    clock: u64,
+    seq: u64,
+}
+
 impl Writer {
     /// A writer that has written nothing yet.
     pub fn new(start: Start) -> Self {
@@ -206,6 +216,7 @@ impl Writer {
             clock,
             seq,
             seq_ceiling: seq,
+            ahead: None,
             accepting: accepting(&topology, replica),
             topology,
             batch: Batch::default(),
@@ -510,10 +521,18 @@ impl Writer {
             self.answer(pending, Ok(()));
             return;
         }
-        // Ceilings are synced before anything under them is, with the same sync where there is one.
-        let clock_ceiling = self.clock.needs_ceiling(self.env.now_ms());
+        // Ceilings are synced before anything under them is: those that were written ahead by now, as a rule; else with
+        // the same sync where there is one.
+        if let Some(ceilings) = self.ahead.take_if(|ceilings| self.progress.ceilings_synced() >= ceilings.number) {
+            self.adopt(ceilings);
+        }
+        let now_ms = self.env.now_ms();
+        let clock_ceiling = self.clock.needs_ceiling(now_ms);
         let mut sync = pending.sync;
+        let mut written = None;
         if clock_ceiling.is_some() || self.seq > self.seq_ceiling {
+            // They take the place of those.
+            self.ahead = None;
             if self.seq > self.seq_ceiling {
                 self.seq_ceiling = self.seq + SEQ_STEP;
             }
@@ -522,6 +541,15 @@ impl Writer {
             }
             batch.put_ceilings(self.clock.ceiling(), self.seq_ceiling);
             sync = true;
+        } else if self.ahead.is_none() {
+            let clock = self.clock.wants_ceiling(now_ms);
+            let near = self.seq + SEQ_STEP / 2 > self.seq_ceiling;
+            if clock.is_some() || near {
+                let clock = clock.unwrap_or(0).max(self.clock.ceiling());
+                let seq = if near { self.seq + SEQ_STEP } else { self.seq_ceiling };
+                batch.put_ceilings(clock, seq);
+                written = Some(Ceilings { number: self.progress.ceilings_written() + 1, clock, seq });
+            }
         }
         let result = if self.progress.fault().is_some() {
             Err(Refused::new(FailureCode::Internal, self.progress.fault_text()))
@@ -535,6 +563,13 @@ impl Writer {
             })
         };
         if result.is_ok() {
+            if let Some(ceilings) = written {
+                self.progress.set_ceilings_written(ceilings.number);
+                match sync {
+                    true => self.adopt(ceilings),
+                    false => self.ahead = Some(ceilings),
+                }
+            }
             if sync {
                 for position in self.positions.values() {
                     self.progress.apply_position(*position);
@@ -563,6 +598,12 @@ impl Writer {
             self.progress.set_last_seq(self.seq);
         }
         self.answer(pending, result);
+    }
+
+    /// These are synced.
+    fn adopt(&mut self, ceilings: Ceilings) {
+        self.clock.set_ceiling(ceilings.clock);
+        self.seq_ceiling = self.seq_ceiling.max(ceilings.seq);
     }
 
     fn answer(&self, pending: Pending, result: Result<(), Refused>) {
