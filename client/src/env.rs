@@ -3,11 +3,12 @@
 //! wall clocks, ids, jitter, connections and work that blocks.
 
 use std::collections::HashMap;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use futures::future::BoxFuture;
 use futures::{Stream, StreamExt, stream};
+use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 use tonic::transport::{Channel, Endpoint};
 
@@ -52,6 +53,8 @@ pub struct Env {
     near: Option<Near>,
     /// Where set, connections are served there.
     threads: Option<Threads>,
+    /// Started when first needed; without it, there are only threads like all others.
+    behind: Arc<OnceLock<Option<Threads>>>,
 }
 
 /// Work that blocked did not end: it panicked.
@@ -83,6 +86,7 @@ impl Env {
             unruly: None,
             near: None,
             threads: None,
+            behind: Arc::default(),
         }
     }
 
@@ -170,8 +174,28 @@ impl Env {
         tokio::task::spawn_blocking(work).await.map_err(|_| Panicked)
     }
 
-    /// Does work that blocks and gives out one thing after another, no faster than `out` takes them. What it is
-    /// handed returns false once nobody takes them any more.
+    /// Where to do what takes long and nobody waits for: the system runs it behind all else.
+    pub fn background(&self) -> Handle {
+        if self.is_on_one_thread() {
+            return Handle::current();
+        }
+        let behind = self.behind.get_or_init(|| Threads::behind_others().ok());
+        behind.as_ref().map_or_else(Handle::current, |threads| threads.next().clone())
+    }
+
+    /// As `blocking`, in the background.
+    pub async fn blocking_behind<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T, Panicked> {
+        if self.is_on_one_thread() {
+            return self.blocking(work).await;
+        }
+        self.background().spawn_blocking(work).await.map_err(|_| Panicked)
+    }
+
+    /// Does, in the background, work that blocks and gives out one thing after another, no faster than `out` takes
+    /// them. What it is handed returns false once nobody takes them any more.
     pub async fn produce<T: Send + 'static, R: Send + 'static>(
         &self,
         out: mpsc::Sender<T>,
@@ -191,7 +215,7 @@ impl Env {
             }
             return Ok(result);
         }
-        self.blocking(move || work(&mut |item| out.blocking_send(item).is_ok())).await
+        self.blocking_behind(move || work(&mut |item| out.blocking_send(item).is_ok())).await
     }
 
     /// Unix milliseconds by the wall clock.

@@ -9,6 +9,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use tokio::runtime::{Builder, Handle};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
+/// How nice a thread is that steps back: where all are busy, it gets a tenth of what another does.
+#[cfg(target_os = "linux")]
+const BEHIND: i32 = 10;
+
 /// So many threads; they end with the last clone of this.
 #[derive(Clone)]
 pub struct Threads(Arc<Inner>);
@@ -37,6 +41,19 @@ impl Threads {
         Ok(Self(Arc::new(Inner { handles, turn: AtomicUsize::new(0), _stop: stop.drop_guard() })))
     }
 
+    /// One that the system runs behind others, as it does those on which its runtime does work that blocks.
+    pub fn behind_others() -> io::Result<Self> {
+        let runtime = Builder::new_current_thread().enable_all().on_thread_start(step_back).build()?;
+        let (handle, stop) = (runtime.handle().clone(), CancellationToken::new());
+        let stopped = stop.clone();
+        std::thread::Builder::new().name("behind".to_owned()).spawn(move || {
+            step_back();
+            runtime.block_on(stopped.cancelled());
+            runtime.shutdown_background();
+        })?;
+        Ok(Self(Arc::new(Inner { handles: vec![handle], turn: AtomicUsize::new(0), _stop: stop.drop_guard() })))
+    }
+
     /// All of them.
     pub fn all(&self) -> &[Handle] {
         &self.0.handles
@@ -51,6 +68,13 @@ impl Threads {
     pub fn next(&self) -> &Handle {
         &self.0.handles[self.turn()]
     }
+}
+
+/// Lets other threads go before this one. A thread may never step forward again, so only its own may step back.
+fn step_back() {
+    // Elsewhere it would be the whole process that steps back.
+    #[cfg(target_os = "linux")]
+    let _ = rustix::process::setpriority_process(None, BEHIND);
 }
 
 #[cfg(test)]
@@ -70,5 +94,16 @@ mod tests {
         let endless = threads.next().spawn(std::future::pending::<()>());
         drop(threads);
         assert!(endless.await.unwrap_err().is_cancelled());
+    }
+
+    #[cfg(target_os = "linux")]
+    #[tokio::test]
+    async fn what_is_behind_others_is_so_with_all_its_threads() {
+        let nice = || rustix::process::getpriority_process(None).unwrap();
+        let here = nice();
+        let behind = Threads::behind_others().unwrap();
+        let task = behind.next().spawn(async move { nice() }).await.unwrap();
+        let blocking = behind.next().spawn_blocking(nice).await.unwrap();
+        assert_eq!((task, blocking, nice()), (BEHIND, BEHIND, here));
     }
 }

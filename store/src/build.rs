@@ -10,6 +10,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::sync::mpsc;
+use tokio_util::task::AbortOnDropHandle;
+use vasto_client::env::Env;
 use vasto_client::hash::shards_meet;
 use vasto_client::v1::{Position, SnapshotFile, SnapshotRequired, Topology, View};
 
@@ -23,6 +25,10 @@ use crate::snapshot::{self, Origin, Part, Reader};
 
 /// A sorted file is ended when it has this many bytes.
 const FILE_BYTES: u64 = 64 << 20;
+/// A file that is copied is synced each time so many bytes have come: whoever else syncs meanwhile waits for no more.
+const SYNC_BYTES: u64 = 8 << 20;
+/// Messages of a stream that may wait for who takes them.
+const AHEAD: usize = 4;
 /// The seq of every row that a replica is born with, when it is born of records.
 const BIRTH_SEQ: u64 = 1;
 
@@ -128,22 +134,14 @@ impl Building {
         // Each stream has a task of its own; the merger on a blocking thread
         // takes the least key of all, so that the files never overlap.
         let (mut streams, mut tasks) = (Vec::new(), Vec::new());
-        for mut reader in readers {
-            let (send, receive) = mpsc::channel::<Vec<(Bytes, Record)>>(4);
-            streams.push(Stream { source: reader.from().replica, receive, waiting: Vec::new().into_iter() });
-            tasks.push(tokio::spawn(async move {
-                loop {
-                    match reader.next().await? {
-                        Part::Records(records) => {
-                            if send.send(records).await.is_err() {
-                                return Err(snapshot::Error::Cut);
-                            }
-                        }
-                        Part::File(_) => return Err(snapshot::Error::Store("files were sent unasked".into())),
-                        Part::End => return Ok(reader),
-                    }
-                }
-            }));
+        for reader in readers {
+            let source = reader.from().replica;
+            let (receive, reading) = read_ahead(keyspace.env(), reader, |part| match part {
+                Part::Records(records) => Some(records),
+                Part::File(_) | Part::End => None,
+            });
+            streams.push(Stream { source, receive, waiting: Vec::new().into_iter() });
+            tasks.push(reading);
         }
         let (count, counted) = mpsc::unbounded_channel();
         if keyspace.env().is_on_one_thread() {
@@ -153,8 +151,10 @@ impl Building {
             }
         }
         let (path, dir, storage) = (self.dir.join("db"), ingest.clone(), storage.clone());
-        let merging = keyspace.env().blocking(move || {
-            let engine = Engine::open(&path, &*storage)?;
+        // Not in the background: RocksDB's own threads would begin there too.
+        let opened = keyspace.env().blocking(move || Engine::open(&path, &*storage)).await;
+        let engine = opened.map_err(|e| snapshot::Error::Store(e.to_string()))??;
+        let merging = keyspace.env().blocking_behind(move || {
             let files = merge_into_files(&engine, &dir, streams, &count)?;
             Ok::<_, engine::Error>((engine, files))
         });
@@ -199,29 +199,28 @@ impl Building {
         &self,
         keyspace: &Arc<Keyspace>,
         storage: &Arc<dyn Storage>,
-        mut reader: Reader,
+        reader: Reader,
     ) -> Result<(), snapshot::Error> {
         let db = self.dir.join("db");
         std::fs::create_dir_all(&db).map_err(|e| store(&db, e))?;
         let source = reader.from().replica;
         let total = reader.start.as_ref().map_or((0, 0), |s| (s.records_total, s.bytes_total));
         self.update(source, |s| s.records_total = total.0);
-        loop {
-            match reader.next().await? {
-                Part::File(part) => {
-                    let bytes = part.data.len() as u64;
-                    let folder = db.clone();
-                    let written = keyspace.env().blocking(move || append(&folder, &part)).await;
-                    written.map_err(|e| snapshot::Error::Store(e.to_string()))?.map_err(|e| store(&db, e))?;
-                    self.update(source, |s| {
-                        s.bytes += bytes;
-                        s.records = (total.0 as f64 * s.bytes as f64 / total.1.max(1) as f64) as u64;
-                    });
-                }
-                Part::Records(_) => return Err(snapshot::Error::Store("records were sent among files".into())),
-                Part::End => break,
-            }
+        let (mut parts, reading) = read_ahead(keyspace.env(), reader, |part| match part {
+            Part::File(part) => Some(part),
+            Part::Records(_) | Part::End => None,
+        });
+        while let Some(part) = parts.recv().await {
+            let bytes = part.data.len() as u64;
+            let folder = db.clone();
+            let written = keyspace.env().blocking_behind(move || append(&folder, &part)).await;
+            written.map_err(|e| snapshot::Error::Store(e.to_string()))?.map_err(|e| store(&db, e))?;
+            self.update(source, |s| {
+                s.bytes += bytes;
+                s.records = (total.0 as f64 * s.bytes as f64 / total.1.max(1) as f64) as u64;
+            });
         }
+        let reader = reading.await.map_err(|e| snapshot::Error::Store(e.to_string()))??;
         let start = reader.start.clone().unwrap_or_default();
         let (id, epoch, storage, clock) = (self.id, keyspace.env().random_id(), storage.clone(), reader.clock);
         let born = keyspace.env().blocking(move || {
@@ -252,6 +251,25 @@ impl Building {
     }
 }
 
+/// Reads a stream to its end in the background, a little ahead of who takes what it brings.
+fn read_ahead<T: Send + 'static>(
+    env: &Env,
+    mut reader: Reader,
+    wanted: impl Fn(Part) -> Option<T> + Send + 'static,
+) -> (mpsc::Receiver<T>, AbortOnDropHandle<Result<Reader, snapshot::Error>>) {
+    let (send, receive) = mpsc::channel(AHEAD);
+    let reading = env.background().spawn(async move {
+        loop {
+            let part = match reader.next().await? {
+                Part::End => return Ok(reader),
+                part => wanted(part).ok_or_else(|| snapshot::Error::Store("what was sent was not asked for".into()))?,
+            };
+            send.send(part).await.map_err(|_| snapshot::Error::Cut)?;
+        }
+    });
+    (receive, AbortOnDropHandle::new(reading))
+}
+
 fn store(path: &Path, source: std::io::Error) -> snapshot::Error {
     snapshot::Error::Store(format!("{}: {source}", path.display()))
 }
@@ -264,8 +282,11 @@ fn append(folder: &Path, part: &SnapshotFile) -> std::io::Result<()> {
     }
     let mut file = std::fs::OpenOptions::new().create(true).append(true).open(folder.join(name))?;
     std::io::Write::write_all(&mut file, &part.data)?;
+    let length = file.metadata()?.len();
     if part.last {
         file.sync_all()?;
+    } else if length / SYNC_BYTES != (length - part.data.len() as u64) / SYNC_BYTES {
+        file.sync_data()?;
     }
     Ok(())
 }

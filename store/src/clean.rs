@@ -29,7 +29,7 @@ pub async fn run(keyspace: &Arc<Keyspace>, replica: &Arc<Replica>, topology: &Ar
             return;
         }
         let (reading, topology_now, from) = (replica.clone(), topology.clone(), after.clone());
-        let found = keyspace.env().blocking(move || foreign(&reading, &topology_now, from.as_deref())).await;
+        let found = keyspace.env().blocking_behind(move || foreign(&reading, &topology_now, from.as_deref())).await;
         let found = match found {
             Ok(Ok(found)) => found,
             Ok(Err(error)) => {
@@ -67,7 +67,8 @@ struct Found {
 fn foreign(replica: &Replica, topology: &Topology, after: Option<&[u8]>) -> Result<Found, engine::Error> {
     let mut found = Found { keys: Vec::new(), looked: 0, last: None };
     let place = topology.current.as_ref().and_then(|v| v.place(replica.id));
-    replica.engine.rows(b"", after, |key, _, encoded| {
+    // A pin, so that a walk over everything does not push what clients read out of the cache.
+    replica.engine.pin().rows(after, |key, _, encoded| {
         found.looked += 1;
         let foreign = match (glance(encoded), place) {
             (Ok(seen), Some(place)) => !place.owns(seen.partition_hash),

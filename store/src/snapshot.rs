@@ -4,7 +4,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures::StreamExt;
@@ -26,7 +26,10 @@ use crate::record::{Record, glance};
 use crate::replica::Replica;
 use crate::writer::PeerBatch;
 
-const MESSAGE_BYTES: usize = 1 << 20;
+/// So few that whoever is served on the same thread as the stream waits but shortly.
+const MESSAGE_BYTES: usize = 256 << 10;
+/// The longest rest after a message; each is as long as the message took.
+const LONGEST_REST: Duration = Duration::from_millis(5);
 /// Cuts of one stream that are mended by resuming, before the copy begins anew.
 const RESUMES: u32 = 5;
 
@@ -120,7 +123,16 @@ pub async fn serve(
         return;
     }
     let sending = keyspace.env().produce(out.clone(), move |send| {
-        let mut send = |message| send(Ok(SnapshotResponse { message: Some(message) }));
+        let mut begun = Instant::now();
+        let mut send = |message| {
+            let sent = send(Ok(SnapshotResponse { message: Some(message) }));
+            // Half of the time is left to others, so the busier the machine, the slower this goes.
+            if !source.keyspace.env().is_on_one_thread() {
+                std::thread::sleep(begun.elapsed().min(LONGEST_REST));
+                begun = Instant::now();
+            }
+            sent
+        };
         if source.request.files_welcome && whole(&source.topology, source.replica.id, source.request.target) {
             source.files(&mut send)
         } else {
@@ -271,7 +283,7 @@ impl Source {
             let mut file = std::fs::File::open(path.join(&name))?;
             let name = name.to_string_lossy().into_owned();
             loop {
-                let mut data = Vec::new();
+                let mut data = Vec::with_capacity(MESSAGE_BYTES);
                 let read =
                     std::io::Read::read_to_end(&mut std::io::Read::take(&mut file, MESSAGE_BYTES as u64), &mut data)?;
                 let last = read < MESSAGE_BYTES;
@@ -355,7 +367,13 @@ impl Reader {
     async fn open(&self) -> Result<Streaming<SnapshotResponse>, Error> {
         let address =
             self.keyspace.address(&self.from.store).ok_or_else(|| Error::NoAddress(self.from.store.clone()))?;
-        let mut client = PeerClient::new(self.keyspace.env().dial(&address)?)
+        let channel = {
+            // Whatever this connection brings is received in the background.
+            let background = self.keyspace.env().background();
+            let _here = background.enter();
+            self.keyspace.env().dial(&address)?
+        };
+        let mut client = PeerClient::new(channel)
             .max_decoding_message_size(crate::MESSAGE_LIMIT)
             .max_encoding_message_size(crate::MESSAGE_LIMIT);
         let request = SnapshotRequest {

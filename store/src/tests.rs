@@ -225,6 +225,29 @@ async fn no_stamp_seq_or_origin_is_used_twice_whatever_a_crash_takes() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_ceiling_that_was_written_ahead_counts_once_it_is_synced() {
+    let dir = tempfile::tempdir().unwrap();
+    let topology = stable(1, &[&[ME]]);
+    open(dir.path(), &topology).stop().await;
+    let wall = Arc::new(AtomicU64::new(1_000_000));
+    let now = wall.clone();
+    let env = Env::new(move || now.load(Ordering::SeqCst), || 5, |_| unreachable!("nobody is called"));
+    let replica = Replica::open(dir.path(), topology, settings(), &Context { env, ..context() }).unwrap();
+    let put_at = async |ms: u64| {
+        wall.store(1_000_000 + ms, Ordering::SeqCst);
+        put(&replica, "key").await.unwrap();
+        (replica.progress.ceilings_written(), replica.progress.ceilings_synced())
+    };
+    assert_eq!(put_at(0).await, (0, 0), "the first is synced with the write, up to 3,000");
+    assert_eq!(put_at(1_600).await, (1, 0), "up to 4,600");
+    assert_eq!(put_at(2_000).await, (1, 0));
+    assert_eq!(put_at(3_200).await, (1, 0), "not synced, so one is with the write, up to 6,200");
+    assert_eq!(put_at(4_800).await, (2, 0), "up to 7,800");
+    replica.sync();
+    assert_eq!(put_at(6_400).await, (3, 2), "that counts, and the next is written");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_clean_stop_keeps_origin_and_seq_and_a_crash_after_it_does_not() {
     let dir = tempfile::tempdir().unwrap();
     let topology = stable(1, &[&[ME]]);

@@ -21,9 +21,12 @@ use crate::report::{Measured, Ratio};
 use crate::sample::Sample;
 use crate::vasto::{KEYSPACE, Setup, Vasto};
 
-/// 300 MB that don't compress.
-const KEYS: u64 = 300_000;
+/// 1 GB that doesn't compress; for a look, 300 MB.
+const KEYS: u64 = 1_000_000;
+const FEWER_KEYS: u64 = 300_000;
 const VALUE: usize = 1000;
+/// One alone says little: a disk has its moods.
+const ROUNDS: u32 = 3;
 /// How long a change may take.
 const CHANGE_WITHIN: Duration = Duration::from_secs(300);
 /// The steady load, as a part of what 16 callers get.
@@ -115,6 +118,27 @@ fn sorted_files(folder: &Path) -> anyhow::Result<Vec<PathBuf>> {
     Ok(files)
 }
 
+/// The same under names of the run's own: the store may replace its files at any time.
+fn held(data: &Path, own: &Path) -> anyhow::Result<Vec<PathBuf>> {
+    'again: for _ in 0..10 {
+        if own.exists() {
+            std::fs::remove_dir_all(own)?;
+        }
+        std::fs::create_dir_all(own)?;
+        let mut files = Vec::new();
+        for (number, path) in sorted_files(data)?.iter().enumerate() {
+            let name = own.join(number.to_string());
+            match std::fs::hard_link(path, &name) {
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue 'again,
+                linked => linked.with_context(|| format!("can't link {}", path.display()))?,
+            }
+            files.push(name);
+        }
+        return Ok(files);
+    }
+    bail!("the files in {} were replaced again and again", data.display())
+}
+
 fn bytes_of(files: &[PathBuf]) -> u64 {
     files.iter().filter_map(|file| file.metadata().ok()).map(|metadata| metadata.len()).sum()
 }
@@ -150,18 +174,18 @@ fn moved(bytes: u64, seconds: f64) -> Sample {
 pub fn run(bench: &Bench) -> anyhow::Result<(Vec<Ratio>, Vec<Measured>)> {
     // A keyspace has at least as many shards as copies.
     let setup = Setup { shards: 2, ..Setup::ONE };
+    let (keys, rounds) = (if bench.quick { FEWER_KEYS } else { KEYS }, ROUNDS);
     let vasto = Vasto::start(&bench.folder, "files", setup)?;
-    let load = |work| Load { incompressible: true, ..vasto.load(work, KEYS, VALUE) };
+    let load = |work| Load { incompressible: true, ..vasto.load(work, keys, VALUE) };
     vasto.run(&load(Work::Fill))?;
     vasto.command(&["keyspace", "compact", KEYSPACE], CHANGE_WITHIN)?;
-    let rounds = bench.few_rounds();
     let (mut ingested, mut plain, mut quiet, mut busy) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     let capacity = vasto.run(&Load { seconds: bench.seconds, ..load(Work::Mixed) })?.rate();
     let rate = Some(((capacity * STEADY) as u64).max(1));
     let mut settled = Vec::new();
     for round in 0..rounds {
         vasto.command(&["keyspace", "compact", KEYSPACE], CHANGE_WITHIN)?;
-        let files = sorted_files(&vasto.data)?;
+        let files = held(&vasto.data, &bench.folder.join("held"))?;
         let bytes = bytes_of(&files);
         let copy_plainly = || copy(&files, &bench.folder.join("copy")).map(|seconds| moved(bytes, seconds));
         if round % 2 == 1 {
@@ -192,9 +216,9 @@ pub fn run(bench: &Bench) -> anyhow::Result<(Vec<Ratio>, Vec<Measured>)> {
     for round in 0..rounds {
         let name = format!("split-{round}");
         let vasto = Vasto::start(&bench.folder, &name, Setup::ONE)?;
-        vasto.run(&Load { incompressible: true, ..vasto.load(Work::Fill, KEYS, VALUE) })?;
+        vasto.run(&Load { incompressible: true, ..vasto.load(Work::Fill, keys, VALUE) })?;
         vasto.command(&["keyspace", "compact", KEYSPACE], CHANGE_WITHIN)?;
-        let files = sorted_files(&vasto.data)?;
+        let files = held(&vasto.data, &bench.folder.join("held"))?;
         // Half of the keys go to the new shard.
         let bytes = bytes_of(&files) / 2;
         filtered.push(moved(bytes, resize(&vasto, 2, 1)?.copied));

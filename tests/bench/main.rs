@@ -55,7 +55,7 @@ struct Args {
     /// Topology watchers of one operator (10,000 unless given).
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(10..=50_000))]
     watchers: Option<u32>,
-    /// For a look: 2 rounds of 2 s, and 1,000 watchers.
+    /// For a look: 2 rounds of 2 s, less data to move, and 1,000 watchers.
     #[arg(long, conflicts_with_all = ["rounds", "seconds"])]
     quick: bool,
     /// The regression bench: few short rounds, and it fails if the best ratio of the rounds is below its floor.
@@ -112,6 +112,7 @@ pub struct Bench {
     folder: PathBuf,
     rounds: u32,
     seconds: f64,
+    quick: bool,
 }
 
 impl Bench {
@@ -172,7 +173,7 @@ fn bench(args: Args) -> anyhow::Result<bool> {
         (_, true) => (3, 1.0),
         _ => (args.rounds, args.seconds),
     };
-    let bench = Bench { folder: folder.path().to_owned(), rounds, seconds };
+    let bench = Bench { folder: folder.path().to_owned(), rounds, seconds, quick: args.quick };
 
     let mut report = Report {
         machine: Machine::here(args.date.clone()),

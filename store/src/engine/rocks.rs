@@ -53,6 +53,7 @@ impl RocksStorage {
     fn records(&self) -> Options {
         let mut records = Options::default();
         records.set_write_buffer_size(16 << 20);
+        records.set_bytes_per_sync(1 << 20);
         records.set_max_write_buffer_number(3);
         // So that a key that is not in a memtable is not looked for in it.
         records.set_memtable_whole_key_filtering(true);
