@@ -167,7 +167,7 @@ pub fn rows() -> Vec<Row> {
     let db_bench = |work, threads| Case::DbBench(DbBench { work, threads });
     vec![
         row("native", "put", "put, 16 callers: Redis", Case::native(put, 16, 1), redis_set, 1.0, Some(0.28)),
-        row("native", "get", "get, 16 callers: Redis", Case::native(get, 16, 1), redis_get, 1.2, Some(0.32)),
+        row("native", "get", "get, 16 callers: Redis", Case::native(get, 16, 1), redis_get, 1.2, Some(0.5)),
         row(
             "native",
             "batch-put",
@@ -184,7 +184,7 @@ pub fn rows() -> Vec<Row> {
             get_batch,
             embedded(embedded::Work::Get, 2, 1),
             0.7,
-            Some(0.1),
+            Some(0.3),
         ),
         row(
             "native",
@@ -221,7 +221,7 @@ pub fn rows() -> Vec<Row> {
             Case::Gateway(gateway(false)),
             Case::Redis(gateway(false)),
             0.8,
-            Some(0.16),
+            Some(0.2),
         ),
         row(
             "gateway",
@@ -230,7 +230,7 @@ pub fn rows() -> Vec<Row> {
             Case::Gateway(gateway(true)),
             Case::Redis(gateway(true)),
             0.6,
-            Some(0.09),
+            Some(0.25),
         ),
         row(
             "replication",
@@ -248,7 +248,7 @@ pub fn rows() -> Vec<Row> {
             copies(2, 4, 100),
             copies(1, 4, 100),
             0.5,
-            Some(0.18),
+            Some(0.15),
         ),
         row(
             "synced",
