@@ -1,6 +1,7 @@
 //! The map: one operation at a time or a batch of them, each driven through
 //! tries, failovers and topology changes until its answer or its deadline.
 
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 
@@ -486,27 +487,23 @@ impl Keyspace {
         for came in futures::future::join_all(near.into_iter().map(|asked| asked.answer(&ops, start))).await {
             self.settle(&ops, came, &mut answers, &mut tries);
         }
-        let mut left = Vec::new();
+        let mut left = HashMap::new();
         for (index, mut tried) in tries {
             let Some(Ok(op)) = ops.get(index) else { continue };
             match self.first(op, &mut tried, start + op.deadline).await {
                 Some(outcome) => answers[index] = Some(Ok(outcome)),
-                None => left.push((index, tried)),
+                None => drop(left.insert(index, tried)),
             }
         }
-        if answers.iter().any(Option::is_none) {
-            left.sort_unstable_by_key(|(index, _)| *index);
-            let mut left = left.into_iter().peekable();
-            let mut driven = Vec::new();
-            for (index, op) in ops.iter().enumerate() {
-                let tried = left.next_if(|(at, _)| *at == index).map(|(_, tried)| tried);
-                if let (None, Ok(op)) = (&answers[index], op) {
-                    driven.push(async move { (index, self.drive(op, start + op.deadline, tried).await) });
-                }
+        let mut driven = Vec::new();
+        for (index, op) in ops.iter().enumerate() {
+            if let (None, Ok(op)) = (&answers[index], op) {
+                let tried = left.remove(&index);
+                driven.push(async move { (index, self.drive(op, start + op.deadline, tried).await) });
             }
-            for (index, outcome) in futures::future::join_all(driven).await {
-                answers[index] = Some(outcome);
-            }
+        }
+        for (index, outcome) in futures::future::join_all(driven).await {
+            answers[index] = Some(outcome);
         }
         answers.into_iter().flatten().collect()
     }

@@ -26,32 +26,30 @@ struct Inner {
 impl Threads {
     /// Starts them; at least one.
     pub fn start(count: usize) -> io::Result<Self> {
+        Self::start_each("serve", count, || {})
+    }
+
+    /// One that the system runs behind others, as it does those on which its runtime does work that blocks.
+    pub fn behind_others() -> io::Result<Self> {
+        Self::start_each("behind", 1, step_back)
+    }
+
+    /// Each of them, and each on which one's runtime does work that blocks, begins with this.
+    fn start_each(name: &str, count: usize, begin: fn()) -> io::Result<Self> {
         let stop = CancellationToken::new();
         let mut handles = Vec::new();
         for number in 0..count.max(1) {
-            let runtime = Builder::new_current_thread().enable_all().build()?;
+            let runtime = Builder::new_current_thread().enable_all().on_thread_start(begin).build()?;
             handles.push(runtime.handle().clone());
             let stop = stop.clone();
-            std::thread::Builder::new().name(format!("serve-{number}")).spawn(move || {
+            std::thread::Builder::new().name(format!("{name}-{number}")).spawn(move || {
+                begin();
                 runtime.block_on(stop.cancelled());
                 // Not by dropping it, which would wait for reads that wait for the disk.
                 runtime.shutdown_background();
             })?;
         }
         Ok(Self(Arc::new(Inner { handles, turn: AtomicUsize::new(0), _stop: stop.drop_guard() })))
-    }
-
-    /// One that the system runs behind others, as it does those on which its runtime does work that blocks.
-    pub fn behind_others() -> io::Result<Self> {
-        let runtime = Builder::new_current_thread().enable_all().on_thread_start(step_back).build()?;
-        let (handle, stop) = (runtime.handle().clone(), CancellationToken::new());
-        let stopped = stop.clone();
-        std::thread::Builder::new().name("behind".to_owned()).spawn(move || {
-            step_back();
-            runtime.block_on(stopped.cancelled());
-            runtime.shutdown_background();
-        })?;
-        Ok(Self(Arc::new(Inner { handles: vec![handle], turn: AtomicUsize::new(0), _stop: stop.drop_guard() })))
     }
 
     /// All of them.

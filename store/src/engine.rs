@@ -423,22 +423,23 @@ impl Engine {
                 }
             });
         }
-        self.cache.count(keys.len() - missed.len(), missed.len());
-        if missed.is_empty() {
-            return rows;
+        if !missed.is_empty() {
+            self.db.get_many(&asked, reach, &mut |place, found| {
+                let (index, miss) = missed[place];
+                rows[index] = match found {
+                    Ok(Found::NotInMemory) => None,
+                    Ok(Found::Nothing) => Some(Ok(None)),
+                    Ok(Found::Value(row)) => Some(match split_row(row) {
+                        Some((seq, record)) => Ok(Some(self.cache.fill(self.number, asked[place], miss, seq, record))),
+                        None => Err(self.malformed(Family::Records, row.len())),
+                    }),
+                    Err(error) => Some(Err(error)),
+                };
+            });
         }
-        self.db.get_many(&asked, reach, &mut |place, found| {
-            let (index, miss) = missed[place];
-            rows[index] = match found {
-                Ok(Found::NotInMemory) => None,
-                Ok(Found::Nothing) => Some(Ok(None)),
-                Ok(Found::Value(row)) => Some(match split_row(row) {
-                    Some((seq, record)) => Ok(Some(self.cache.fill(self.number, asked[place], miss, seq, record))),
-                    None => Err(self.malformed(Family::Records, row.len())),
-                }),
-                Err(error) => Some(Err(error)),
-            };
-        });
+        // What is not in memory is looked for once more, and counts then.
+        let answered = missed.iter().filter(|(index, _)| rows[*index].is_some()).count();
+        self.cache.count(keys.len() - missed.len(), answered);
         rows
     }
 

@@ -129,8 +129,10 @@ pub struct Progress {
     /// Rings when a follower has confirmed more, or has gone.
     heard: watch::Sender<()>,
     synced_seq: AtomicU64,
-    /// How often the writer has written ceilings ahead of need, and how many of those are synced.
-    ceilings: [AtomicU64; 2],
+    /// How often the writer has written ceilings ahead of need.
+    ceilings_written: AtomicU64,
+    /// How many of those are synced.
+    ceilings_synced: AtomicU64,
     clock: AtomicU64,
     passed: AtomicU64,
     horizon: AtomicU64,
@@ -296,18 +298,18 @@ impl Progress {
     }
     /// How often the writer has written ceilings ahead of need.
     pub fn ceilings_written(&self) -> u64 {
-        self.ceilings[0].load(Ordering::Acquire)
+        self.ceilings_written.load(Ordering::Acquire)
     }
     /// By the writer, after it did.
     pub fn set_ceilings_written(&self, number: u64) {
-        self.ceilings[0].store(number, Ordering::Release);
+        self.ceilings_written.store(number, Ordering::Release);
     }
     /// How many of those are synced.
     pub fn ceilings_synced(&self) -> u64 {
-        self.ceilings[1].load(Ordering::Acquire)
+        self.ceilings_synced.load(Ordering::Acquire)
     }
     fn set_ceilings_synced(&self, number: u64) {
-        self.ceilings[1].fetch_max(number, Ordering::AcqRel);
+        self.ceilings_synced.fetch_max(number, Ordering::AcqRel);
     }
     /// Whether a write is synced before it is answered.
     pub fn synced_writes(&self) -> bool {
@@ -525,7 +527,8 @@ impl Replica {
             synced: watch::Sender::new(0),
             heard: watch::Sender::new(()),
             synced_seq: AtomicU64::new(seq),
-            ceilings: Default::default(),
+            ceilings_written: AtomicU64::new(0),
+            ceilings_synced: AtomicU64::new(0),
             clock: AtomicU64::new(found.clock),
             passed: AtomicU64::new(0),
             horizon: AtomicU64::new(found.horizon),

@@ -25,8 +25,6 @@ use crate::vasto::{KEYSPACE, Setup, Vasto};
 const KEYS: u64 = 1_000_000;
 const FEWER_KEYS: u64 = 300_000;
 const VALUE: usize = 1000;
-/// One alone says little: a disk has its moods.
-const ROUNDS: u32 = 3;
 /// How long a change may take.
 const CHANGE_WITHIN: Duration = Duration::from_secs(300);
 /// The steady load, as a part of what 16 callers get.
@@ -174,7 +172,7 @@ fn moved(bytes: u64, seconds: f64) -> Sample {
 pub fn run(bench: &Bench) -> anyhow::Result<(Vec<Ratio>, Vec<Measured>)> {
     // A keyspace has at least as many shards as copies.
     let setup = Setup { shards: 2, ..Setup::ONE };
-    let (keys, rounds) = (if bench.quick { FEWER_KEYS } else { KEYS }, ROUNDS);
+    let (keys, rounds) = (if bench.quick { FEWER_KEYS } else { KEYS }, bench.few_rounds());
     let vasto = Vasto::start(&bench.folder, "files", setup)?;
     let load = |work| Load { incompressible: true, ..vasto.load(work, keys, VALUE) };
     vasto.run(&load(Work::Fill))?;

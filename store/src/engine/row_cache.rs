@@ -1,4 +1,4 @@
-//! RowCache in memory, of all databases of a process together: what is read again and again is found by its key's hash,
+//! Rows in memory, of all databases of a process together: what is read again and again is found by its key's hash,
 //! without a search through memtables and blocks, and without a copy.
 
 use std::hash::{BuildHasher, BuildHasherDefault, Hash, Hasher};
@@ -53,9 +53,9 @@ pub struct Miss {
 pub struct RowCacheUsage {
     /// Of rows and their keys.
     pub bytes: u64,
-    /// RowCache that were found.
+    /// Rows that were found.
     pub hits: u64,
-    /// RowCache that were not.
+    /// Rows that RocksDB was asked for, and answered.
     pub misses: u64,
 }
 
@@ -88,7 +88,7 @@ impl RowCache {
         RowCacheUsage { bytes, hits: self.hits.load(Ordering::Relaxed), misses: self.misses.load(Ordering::Relaxed) }
     }
 
-    /// Counts what `look` found and did not.
+    /// Counts what was found here, and what the database had to answer.
     pub fn count(&self, hits: usize, misses: usize) {
         self.hits.fetch_add(hits as u64, Ordering::Relaxed);
         self.misses.fetch_add(misses as u64, Ordering::Relaxed);
