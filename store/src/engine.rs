@@ -1,10 +1,11 @@
 //! One replica's files: a database with the families `records` (each row with its
-//! local seq), `changes` (seq -> key, no value) and `meta`. It knows bytes and rows,
+//! local seq), `changes` (seq -> key, no value; many to a row) and `meta`. It knows bytes and rows,
 //! nothing of joins, peers or topologies.
 //!
 //! The database itself stands behind a small trait: RocksDB, or one in memory that a
 //! simulation can crash.
 
+mod changes;
 mod rocks;
 mod row_cache;
 
@@ -18,6 +19,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use vasto_client::v1::Disk;
 
 use crate::record::Record;
+pub use changes::Change;
 pub use rocks::RocksStorage;
 pub use row_cache::{RowCache, RowCacheUsage};
 
@@ -124,23 +126,12 @@ fn split_row(row: &[u8]) -> Option<(u64, &[u8])> {
     Some((u64::from_be_bytes(*seq), record))
 }
 
-/// A line of `changes`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Change {
-    /// Its place in the order of this replica's changes.
-    pub seq: u64,
-    /// The origin of the peer that it came from; 0: a client.
-    pub from: u64,
-    /// The changed key.
-    pub key: Bytes,
-}
-
 /// Which family a row is in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Family {
     /// Key -> seq and record.
     Records,
-    /// Seq -> where it came from and key.
+    /// Seq -> where it came from and key, in pages.
     Changes,
     /// What the replica is and where it stands.
     Meta,
@@ -188,6 +179,8 @@ pub struct Batch {
     bytes: Vec<u8>,
     /// Of each write: what, where, and where its key and its value end.
     writes: Vec<(Kind, Family, usize, usize)>,
+    /// The lines of the records.
+    changes: changes::Pages,
 }
 
 impl Batch {
@@ -200,13 +193,12 @@ impl Batch {
 
     /// A record's row and its line in `changes`; `encode` appends the record's encoding.
     pub fn put_record(&mut self, key: &[u8], seq: u64, from: u64, encode: impl FnOnce(&mut Vec<u8>)) {
-        let seq = seq.to_be_bytes();
         self.bytes.extend_from_slice(key);
         let middle = self.bytes.len();
-        self.bytes.extend_from_slice(&seq);
+        self.bytes.extend_from_slice(&seq.to_be_bytes());
         encode(&mut self.bytes);
         self.writes.push((Kind::Put, Family::Records, middle, self.bytes.len()));
-        self.add(Kind::Put, Family::Changes, &[&seq], &[&from.to_be_bytes(), key]);
+        self.changes.add(seq, from, key);
     }
 
     /// Deletes a row for good, without a line in `changes`.
@@ -230,10 +222,11 @@ impl Batch {
         self.add(Kind::DeleteRange, Family::Changes, &[&0u64.to_be_bytes()], &[&end]);
     }
 
-    /// All writes, in their order.
+    /// All writes, in their order; those of `changes` are the last.
     pub fn writes(&self) -> impl Iterator<Item = Write<'_>> {
         let mut begin = 0;
-        self.writes.iter().map(move |(kind, family, middle, end)| {
+        let pages = self.changes.rows().map(|(key, page)| Write::Put(Family::Changes, key, page));
+        let writes = self.writes.iter().map(move |(kind, family, middle, end)| {
             let (key, value) = (&self.bytes[begin..*middle], &self.bytes[*middle..*end]);
             begin = *end;
             match kind {
@@ -241,21 +234,28 @@ impl Batch {
                 Kind::Delete => Write::Delete(*family, key),
                 Kind::DeleteRange => Write::DeleteRange(*family, key, value),
             }
-        })
+        });
+        writes.chain(pages)
+    }
+
+    /// How many those are.
+    fn len(&self) -> usize {
+        self.writes.len() + self.changes.len()
     }
 
     /// Bytes so far.
     pub fn size(&self) -> usize {
-        self.bytes.len()
+        self.bytes.len() + self.changes.size()
     }
 
     /// Begins anew, in the memory that it has, unless that is more than most batches need.
     pub fn clear(&mut self) {
-        if self.bytes.capacity() > KEPT_BYTES {
+        if self.size() > KEPT_BYTES {
             *self = Self::default();
         }
         self.bytes.clear();
         self.writes.clear();
+        self.changes.clear();
     }
 
     /// Whether nothing was put.
@@ -443,6 +443,29 @@ impl Engine {
         rows
     }
 
+    /// The rows of many records, in the order of their keys, for who needs them but once: none of them is taken into the
+    /// row cache.
+    pub fn rows_once(&self, keys: &[&[u8]]) -> Result<Vec<Option<Row>>, Error> {
+        let mut rows: Vec<Option<Row>> = keys.iter().map(|key| self.cache.look(self.number, key).ok()).collect();
+        let missed: Vec<usize> = (0..keys.len()).filter(|index| rows[*index].is_none()).collect();
+        if missed.is_empty() {
+            return Ok(rows);
+        }
+        let asked: Vec<&[u8]> = missed.iter().map(|index| keys[*index]).collect();
+        let mut failed = None;
+        self.db.get_many(&asked, Reach::Disk, &mut |place, found| match found {
+            Ok(Found::Nothing | Found::NotInMemory) => {}
+            Ok(Found::Value(row)) => match split_row(row) {
+                Some((seq, record)) => {
+                    rows[missed[place]] = Some(Row { seq, record: Bytes::copy_from_slice(record) });
+                }
+                None => failed = Some(self.malformed(Family::Records, row.len())),
+            },
+            Err(error) => failed = Some(error),
+        });
+        failed.map_or(Ok(rows), Err)
+    }
+
     fn malformed(&self, family: Family, len: usize) -> Error {
         Error::Row { path: self.path.clone(), what: family.name(), len }
     }
@@ -455,24 +478,23 @@ impl Engine {
     /// Up to `limit` lines of `changes` after `seq`, in order.
     pub fn changes(&self, seq: u64, limit: usize) -> Result<Vec<Change>, Error> {
         let (mut found, mut malformed) = (Vec::new(), None);
-        self.db.walk(Family::Changes, &seq.saturating_add(1).to_be_bytes(), &mut |key, value| {
-            if found.len() == limit {
-                return false;
+        let next = seq.saturating_add(1);
+        // The first page that ends there or later.
+        self.db.walk(Family::Changes, &next.to_be_bytes(), &mut |key, page| {
+            match changes::lines(key, page) {
+                Some(lines) => found.extend(lines.into_iter().filter(|line| line.seq >= next)),
+                None => malformed = Some(page.len()),
             }
-            match to_change(key, value) {
-                Some(change) => found.push(change),
-                None => malformed = Some(value.len()),
-            }
-            malformed.is_none()
+            malformed.is_none() && found.len() < limit
         })?;
+        found.truncate(limit);
         malformed.map_or(Ok(found), |len| Err(self.malformed(Family::Changes, len)))
     }
 
     /// The last line's seq.
     pub fn last_change(&self) -> Result<Option<u64>, Error> {
-        let Some((key, value)) = self.db.last(Family::Changes)? else { return Ok(None) };
-        let change = to_change(&key, &value).ok_or_else(|| self.malformed(Family::Changes, value.len()))?;
-        Ok(Some(change.seq))
+        let Some((key, page)) = self.db.last(Family::Changes)? else { return Ok(None) };
+        changes::last_seq(&key).map(Some).ok_or_else(|| self.malformed(Family::Changes, page.len()))
     }
 
     /// Walks the rows after `after` (or from `start`) in key order as they are now, until `visit` says false.
@@ -552,15 +574,6 @@ impl Engine {
     }
 }
 
-fn to_change(key: &[u8], value: &[u8]) -> Option<Change> {
-    let (from, changed) = value.split_first_chunk::<8>()?;
-    Some(Change {
-        seq: u64::from_be_bytes(key.try_into().ok()?),
-        from: u64::from_be_bytes(*from),
-        key: Bytes::copy_from_slice(changed),
-    })
-}
-
 fn metas(view: &(impl View + ?Sized), prefix: &[u8]) -> Result<Vec<MetaRow>, Error> {
     let mut found = Vec::new();
     view.walk(Family::Meta, prefix, &mut |key, value| {
@@ -630,13 +643,13 @@ mod tests {
         batch.delete_row(b"gone");
         batch.trim_changes(4);
         let (seq, from) = (7u64.to_be_bytes(), 3u64.to_be_bytes());
-        let (row, line) = ([&seq[..], b"record"].concat(), [&from[..], b"key"].concat());
+        let (row, page) = ([&seq[..], b"record"].concat(), [b"\x01", &from[..], b"\0\0\0\x03key"].concat());
         let expected = [
             Write::Put(Family::Records, b"key", &row),
-            Write::Put(Family::Changes, &seq, &line),
             Write::Put(Family::Meta, b"", b""),
             Write::Delete(Family::Records, b"gone"),
             Write::DeleteRange(Family::Changes, &[0; 8], &5u64.to_be_bytes()),
+            Write::Put(Family::Changes, &seq, &page),
         ];
         assert_eq!(batch.writes().collect::<Vec<_>>(), expected);
     }

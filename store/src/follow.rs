@@ -26,6 +26,8 @@ use crate::writer::{Asked, PeerBatch};
 
 /// Lines of `changes` looked at in one step.
 const LINES: usize = 1_000;
+/// Rows read at once, as long as they are small.
+const ROWS: usize = 32;
 /// A message is sent when its records reach this many bytes.
 const MESSAGE_BYTES: usize = 1 << 20;
 /// A record longer than this travels in parts.
@@ -77,27 +79,37 @@ pub fn page(
 ) -> Result<Page, engine::Error> {
     let mut page = Page { records: Vec::new(), seq };
     let mut bytes = 0;
-    let lines = engine.changes(seq, LINES)?;
+    let mut lines = engine.changes(seq, LINES)?;
     let all = lines.len() < LINES;
-    for line in lines {
-        // A line beyond what was written when the topology was read may want a newer one.
-        if bytes >= MESSAGE_BYTES || line.seq > last_seq {
+    // A line beyond what was written when the topology was read may want a newer one.
+    lines.truncate(lines.partition_point(|line| line.seq <= last_seq));
+    let mut lines = lines.into_iter().peekable();
+    let mut at_once = 1;
+    while lines.peek().is_some() {
+        if bytes >= MESSAGE_BYTES {
             return Ok(page);
         }
-        page.seq = line.seq;
-        if line.from == follower_origin {
-            continue;
+        let mut wanted = Vec::with_capacity(at_once);
+        while wanted.len() < at_once
+            && let Some(line) = lines.next()
+        {
+            page.seq = line.seq;
+            if line.from != follower_origin {
+                wanted.push(line);
+            }
         }
-        let Some(row) = engine.row(&line.key)? else { continue };
-        if row.seq != line.seq {
-            continue;
+        let keys: Vec<&[u8]> = wanted.iter().map(|line| &line.key[..]).collect();
+        let rows = engine.rows_once(&keys)?;
+        let before = bytes;
+        for (line, row) in wanted.into_iter().zip(rows) {
+            let Some(row) = row.filter(|row| row.seq == line.seq) else { continue };
+            let Ok(seen) = glance(&row.record) else { continue };
+            if topology.ships(source, follower, seen.partition_hash) {
+                bytes += line.key.len() + row.record.len();
+                page.records.extend(shipped(line.key, row.record));
+            }
         }
-        let Ok(seen) = glance(&row.record) else { continue };
-        if !topology.ships(source, follower, seen.partition_hash) {
-            continue;
-        }
-        bytes += line.key.len() + row.record.len();
-        page.records.extend(shipped(line.key, row.record));
+        at_once = if bytes - before < MESSAGE_BYTES / 8 { ROWS.min(at_once * 4) } else { 1 };
     }
     if all {
         // Seqs may have gaps (ceilings, trimmed lines): the end is the end.

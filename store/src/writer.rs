@@ -24,6 +24,8 @@ use crate::replica::Progress;
 const BATCH_BYTES: usize = 4 << 20;
 /// A batch that had more keys does not keep its memory for the next one.
 const KEPT_KEYS: usize = 8 << 10;
+/// Rows that are read at once, to be joined with what a peer has sent.
+const ROWS_AT_ONCE: usize = 32;
 /// Seqs reserved ahead with one sync.
 const SEQ_STEP: u64 = 1 << 20;
 
@@ -388,6 +390,18 @@ impl Writer {
         row.map(|row| Record::decode(row.record)).transpose().map_err(internal)
     }
 
+    /// What the database has of records' keys, for those that the batch has not.
+    fn known(&self, records: &[(Bytes, Record)], overlay: &Overlay) -> Result<Vec<Option<Record>>, Refused> {
+        let asked: Vec<usize> = (0..records.len()).filter(|index| !overlay.contains_key(&records[*index].0)).collect();
+        let keys: Vec<&[u8]> = asked.iter().map(|index| &records[*index].0[..]).collect();
+        let rows = self.engine.rows_once(&keys).inspect_err(|error| self.progress.failed(error)).map_err(internal)?;
+        let mut known = vec![None; records.len()];
+        for (index, row) in asked.into_iter().zip(rows) {
+            known[index] = row.map(|row| Record::decode(row.record)).transpose().map_err(internal)?;
+        }
+        Ok(known)
+    }
+
     fn put(&mut self, key: Bytes, record: Record, from: u64, batch: &mut Batch, overlay: &mut Overlay) {
         self.seq += 1;
         batch.put_record(&key, self.seq, from, |out| record.encode(out));
@@ -489,23 +503,28 @@ impl Writer {
             );
         }
         self.alarmed = ahead_ms > self.limits.max_clock_skew_ms;
-        for (key, record) in peer.records {
-            // Not ours under any view: drained long ago, and deleted by Clean up.
-            if !self.topology.holds(self.replica, record.partition_hash()) {
-                continue;
-            }
-            self.clock.observe(record.greatest_stamp().time);
-            let Some(mine) = self.existing(&key, overlay)? else {
-                self.put(key, record, peer.from, batch, overlay);
-                continue;
-            };
-            let joined = join(mine.clone(), record.clone());
-            // What changes nothing is no change: else two replicas would send it to and fro.
-            if joined != mine {
-                // The line replaces those of this replica's own changes, which the peer may not have got yet: it
-                // is one that the peer needn't get only where that has all of it.
-                let from = if joined == record { peer.from } else { 0 };
-                self.put(key, joined, from, batch, overlay);
+        let (topology, replica) = (self.topology.clone(), self.replica);
+        // Not ours under any view: drained long ago, and deleted by Clean up.
+        let holds = |(_, record): &(Bytes, Record)| topology.holds(replica, record.partition_hash());
+        let mut records = peer.records.into_iter().filter(holds).peekable();
+        while records.peek().is_some() {
+            let some: Vec<_> = records.by_ref().take(ROWS_AT_ONCE).collect();
+            let known = self.known(&some, overlay)?;
+            for ((key, record), known) in some.into_iter().zip(known) {
+                self.clock.observe(record.greatest_stamp().time);
+                // The batch may have it by now.
+                let Some(mine) = overlay.get(&key).cloned().unwrap_or(known) else {
+                    self.put(key, record, peer.from, batch, overlay);
+                    continue;
+                };
+                let joined = join(mine.clone(), record.clone());
+                // What changes nothing is no change: else two replicas would send it to and fro.
+                if joined != mine {
+                    // The line replaces those of this replica's own changes, which the peer may not have got yet: it
+                    // is one that the peer needn't get only where that has all of it.
+                    let from = if joined == record { peer.from } else { 0 };
+                    self.put(key, joined, from, batch, overlay);
+                }
             }
         }
         for position in peer.positions {

@@ -190,7 +190,7 @@ impl Database for Rocks {
     fn write(&self, batch: &Batch, sync: bool) -> Result<(), Error> {
         let families = Family::ALL.map(|family| self.cf(family));
         let cf = |family: Family| families[family as usize];
-        let mut all = WriteBatch::with_capacity_bytes(batch.size() + 32 * batch.writes.len());
+        let mut all = WriteBatch::with_capacity_bytes(batch.size() + 32 * batch.len());
         for write in batch.writes() {
             match write {
                 Write::Put(family, key, value) => all.put_cf(cf(family), key, value),
