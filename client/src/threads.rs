@@ -10,8 +10,9 @@ use tokio::runtime::{Builder, Handle};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 /// How nice a thread is that steps back: where all are busy, it gets a tenth of what another does.
-#[cfg(target_os = "linux")]
 const BEHIND: i32 = 10;
+/// The same by a third.
+const A_LITTLE_BEHIND: i32 = 5;
 
 /// So many threads; they end with the last clone of this.
 #[derive(Clone)]
@@ -31,7 +32,7 @@ impl Threads {
 
     /// One that the system runs behind others, as it does those on which its runtime does work that blocks.
     pub fn behind_others() -> io::Result<Self> {
-        Self::start_each("behind", 1, step_back)
+        Self::start_each("behind", 1, || step_back(BEHIND))
     }
 
     /// Each of them, and each on which one's runtime does work that blocks, begins with this.
@@ -68,11 +69,23 @@ impl Threads {
     }
 }
 
+/// Does this on a thread of its own, so that the threads which it starts, such as those that a library keeps, go a little
+/// behind others: each begins as nice as who started it.
+pub fn a_little_behind(work: impl FnOnce() + Send) {
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            step_back(A_LITTLE_BEHIND);
+            work();
+        });
+    });
+}
+
 /// Lets other threads go before this one. A thread may never step forward again, so only its own may step back.
-fn step_back() {
+#[cfg_attr(not(target_os = "linux"), allow(unused_variables))]
+fn step_back(nice: i32) {
     // Elsewhere it would be the whole process that steps back.
     #[cfg(target_os = "linux")]
-    let _ = rustix::process::setpriority_process(None, BEHIND);
+    let _ = rustix::process::setpriority_process(None, nice);
 }
 
 #[cfg(test)]
@@ -103,5 +116,8 @@ mod tests {
         let task = behind.next().spawn(async move { nice() }).await.unwrap();
         let blocking = behind.next().spawn_blocking(nice).await.unwrap();
         assert_eq!((task, blocking, nice()), (BEHIND, BEHIND, here));
+        let mut kept = None;
+        a_little_behind(|| kept = std::thread::spawn(nice).join().ok());
+        assert_eq!((kept, nice()), (Some(A_LITTLE_BEHIND), here));
     }
 }

@@ -8,12 +8,17 @@ use std::time::Duration;
 
 use futures::Stream;
 use tokio::sync::watch;
+use tokio::time::{Instant, sleep_until};
 
 use crate::env::Env;
 use crate::error::{describe, describe_transport};
 use crate::pipe::MAX_MESSAGE;
 use crate::v1::operator_client::OperatorClient;
 use crate::v1::{KeyspaceUpdate, Known, WatchRequest, WatchResponse, watch_response::Event};
+
+/// About so long after a topology came the operator is told that it did: were it at once, ten thousand receipts would be in
+/// the way of the news for those who don't have it yet.
+const RECEIPT: Duration = Duration::from_millis(150);
 
 /// Who sent a topology: the operator knows names, a store only what it was asked about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,7 +89,7 @@ fn newer(known: &KeyspaceUpdate, mut offered: KeyspaceUpdate, source: Source) ->
 }
 
 /// What one stream has told the operator.
-#[derive(Default)]
+#[derive(Clone, Default)]
 struct Told {
     /// Name -> how often it had been asked for.
     names: BTreeMap<String, u64>,
@@ -172,8 +177,9 @@ impl Topologies {
         }
     }
 
-    /// What the operator has not been told on this stream yet.
-    fn untold(&self, told: &mut Told) -> Option<WatchRequest> {
+    /// What the operator has not been told on this stream yet, and what it has been told then.
+    fn untold(&self, told: &Told) -> (WatchRequest, Told) {
+        let mut told = told.clone();
         let mut request = WatchRequest::default();
         for (name, (subscription, asked)) in &self.state().subscriptions {
             if told.names.insert(name.clone(), *asked) != Some(*asked) {
@@ -186,20 +192,28 @@ impl Topologies {
                 request.known.push(Known { uid: t.uid.clone(), version: t.version });
             }
         }
-        (request != WatchRequest::default()).then_some(request)
+        (request, told)
     }
 
-    /// The request side of one stream: the latest that the operator has not been told,
-    /// never a queue of what was.
-    fn requests(self: Arc<Self>) -> impl Stream<Item = WatchRequest> + Send + 'static {
+    /// The request side of one stream: the latest that the operator has not been told, never a queue of what was.
+    /// Names are asked for at once; that a version has come is said a moment later.
+    fn requests(self: Arc<Self>, env: Env) -> impl Stream<Item = WatchRequest> + Send + 'static {
         let changed = self.changed.subscribe();
-        futures::stream::unfold((self, changed, Told::default()), |(all, mut changed, mut told)| async move {
+        futures::stream::unfold((self, env, changed, Told::default()), |(all, env, mut changed, told)| async move {
+            let mut due = None;
             loop {
                 changed.borrow_and_update();
-                if let Some(request) = all.untold(&mut told) {
-                    return Some((request, (all, changed, told)));
+                let (request, now_told) = all.untold(&told);
+                if !request.keyspaces.is_empty() || due.is_some_and(|due| due <= Instant::now()) {
+                    return Some((request, (all, env, changed, now_told)));
                 }
-                changed.changed().await.ok()?;
+                if !request.known.is_empty() && due.is_none() {
+                    due = Some(Instant::now() + env.jitter(RECEIPT));
+                }
+                tokio::select! {
+                    changed = changed.changed() => changed.ok()?,
+                    () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {}
+                }
             }
         })
     }
@@ -212,7 +226,7 @@ impl Topologies {
         };
         let mut client =
             OperatorClient::new(channel).max_decoding_message_size(MAX_MESSAGE).max_encoding_message_size(MAX_MESSAGE);
-        let mut responses = match client.watch(self.clone().requests()).await {
+        let mut responses = match client.watch(self.clone().requests(env.clone())).await {
             Ok(response) => response.into_inner(),
             Err(status) => return describe(&status),
         };
@@ -248,6 +262,7 @@ impl Topologies {
 mod tests {
     use super::*;
     use crate::v1::{Assignment, Shard, StoreAddress, Topology, View};
+    use futures::StreamExt as _;
 
     fn update(uid: &str, version: u64, addresses: &[(&str, &str)]) -> KeyspaceUpdate {
         let replicas = ["a", "b"].map(|s| Assignment { store: s.into(), replica: 1, serving: true }).into();
@@ -279,22 +294,56 @@ mod tests {
         assert!(newer(&known, update("u", 5, &[("a", "h:3")]), Source::Store).is_none());
     }
 
+    /// What a stream that was told this far would be told next.
+    fn tell(all: &Topologies, told: &mut Told) -> (Vec<String>, Vec<Known>) {
+        let (request, now_told) = all.untold(told);
+        *told = now_told;
+        (request.keyspaces, request.known)
+    }
+
+    fn known(version: u64) -> Vec<Known> {
+        vec![Known { uid: "u".into(), version }]
+    }
+
     #[test]
     fn the_operator_is_told_each_thing_once_a_stream() {
         let all = Topologies::new();
         let mut told = Told::default();
-        assert_eq!(all.untold(&mut told), None);
+        assert_eq!(tell(&all, &mut told), (vec![], vec![]));
         all.subscribe("k");
-        let request = all.untold(&mut told).unwrap();
-        assert_eq!((request.keyspaces, request.known), (vec!["k".to_string()], vec![]));
+        assert_eq!(tell(&all, &mut told), (vec!["k".to_string()], vec![]));
         all.event(WatchResponse { event: Some(Event::Update(update("u", 5, &[]))) });
-        let request = all.untold(&mut told).unwrap();
-        assert_eq!((request.keyspaces.len(), request.known), (0, vec![Known { uid: "u".into(), version: 5 }]));
+        assert_eq!(tell(&all, &mut told), (vec![], known(5)));
         all.subscribe("k");
-        assert_eq!(all.untold(&mut told), None);
+        assert_eq!(tell(&all, &mut told), (vec![], vec![]));
         // A new stream is told all of it.
-        let request = all.untold(&mut Told::default()).unwrap();
-        assert_eq!((request.keyspaces.len(), request.known.len()), (1, 1));
+        assert_eq!(tell(&all, &mut Told::default()), (vec!["k".to_string()], known(5)));
+    }
+
+    #[tokio::test]
+    async fn receipts_wait_a_moment_and_names_do_not() {
+        let all = Arc::new(Topologies::new());
+        let mut requests = Box::pin(all.clone().requests(Env::real()));
+        let mut next = async || {
+            let begun = Instant::now();
+            let request = requests.next().await.unwrap();
+            (request.keyspaces.len(), request.known, begun.elapsed())
+        };
+        let offer = |version| all.event(WatchResponse { event: Some(Event::Update(update("u", version, &[]))) });
+        all.subscribe("k");
+        let (names, versions, waited) = next().await;
+        assert_eq!((names, versions), (1, vec![]));
+        assert!(waited < RECEIPT / 2, "{waited:?}");
+        offer(5);
+        let (names, versions, waited) = next().await;
+        assert_eq!((names, versions), (0, known(5)));
+        assert!(waited >= RECEIPT / 2, "{waited:?}");
+        // The latest only.
+        (6..9).for_each(offer);
+        all.subscribe("another");
+        let (names, versions, waited) = next().await;
+        assert_eq!((names, versions), (1, known(8)));
+        assert!(waited < RECEIPT / 2, "{waited:?}");
     }
 
     #[test]
@@ -302,11 +351,11 @@ mod tests {
         let all = Topologies::new();
         let mut told = Told::default();
         let subscription = all.subscribe("k");
-        all.untold(&mut told);
+        tell(&all, &mut told);
         all.event(WatchResponse { event: Some(Event::Missing("k".into())) });
         assert_eq!(*subscription.status.borrow(), Status::Missing);
         all.subscribe("k");
         assert_eq!(*subscription.status.borrow(), Status::Asked);
-        assert_eq!(all.untold(&mut told).unwrap().keyspaces, ["k"]);
+        assert_eq!(tell(&all, &mut told).0, ["k"]);
     }
 }

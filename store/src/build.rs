@@ -151,7 +151,6 @@ impl Building {
             }
         }
         let (path, dir, storage) = (self.dir.join("db"), ingest.clone(), storage.clone());
-        // Not in the background: RocksDB's own threads would begin there too.
         let opened = keyspace.env().blocking(move || Engine::open(&path, &*storage)).await;
         let engine = opened.map_err(|e| snapshot::Error::Store(e.to_string()))??;
         let merging = keyspace.env().blocking_behind(move || {

@@ -21,7 +21,7 @@ use crate::engine;
 use crate::keyspace::Keyspace;
 use crate::record::{Record, glance};
 use crate::replica::Replica;
-use crate::snapshot;
+use crate::snapshot::{self, LONGEST_REST};
 use crate::writer::{Asked, PeerBatch};
 
 /// Lines of `changes` looked at in one step.
@@ -35,6 +35,8 @@ const PART_BYTES: usize = 8 << 20;
 /// After a message that told all there was, the next comes no sooner: what is written meanwhile goes along, and a
 /// message costs far more than a record in it. Whoever writes now and then does not wait for it.
 const PAUSE: Duration = Duration::from_millis(1);
+/// Of what a follower has to catch up on, so much is applied at once: whoever writes meanwhile waits but shortly.
+const PIECE_BYTES: usize = 64 << 10;
 /// The longest silence of a source.
 const HEARTBEAT: Duration = Duration::from_millis(500);
 /// Silence after which a follower takes its source for dead and connects again.
@@ -135,7 +137,11 @@ pub fn shipped(key: Bytes, encoded: Bytes) -> Vec<Shipped> {
 
 /// Splits a page so that no message outgrows its limit; at least one, possibly empty.
 pub fn in_messages(records: Vec<Shipped>) -> Vec<Vec<Shipped>> {
-    crate::in_messages(records, PART_BYTES, |shipped| shipped.key.len() + shipped.record.len())
+    crate::in_messages(records, PART_BYTES, size)
+}
+
+fn size(shipped: &Shipped) -> usize {
+    shipped.key.len() + shipped.record.len()
 }
 
 /// The source's side of one `Follow` stream; ends when the follower goes or is no longer a follower.
@@ -314,6 +320,7 @@ async fn once(keyspace: &Arc<Keyspace>, replica: &Arc<Replica>, source: u64, sto
     let mut synced = replica.progress.synced();
     let mut confirmed = 0;
     let epoch = position.epoch;
+    let mut lag = u64::MAX;
     loop {
         if let Some(position) = replica.progress.synced_position(source)
             && position.seq != confirmed
@@ -350,36 +357,54 @@ async fn once(keyspace: &Arc<Keyspace>, replica: &Arc<Replica>, source: u64, sto
                 }
                 due = due.max(batch.number + 1);
                 let before = replica.progress.position(source).map_or(0, |p| p.seq);
-                let (seq, last) = (batch.seq, batch.last_seq);
-                if seq != before || !batch.records.is_empty() {
-                    apply(replica, source, epoch, asked, batch).await?;
+                let lag_before = std::mem::replace(&mut lag, batch.last_seq.saturating_sub(batch.seq.max(before)));
+                if batch.seq != before || !batch.records.is_empty() {
+                    // Who falls back has no time to rest.
+                    let catching_up = lag > 0 && lag <= lag_before;
+                    apply(replica, source, epoch, asked, batch, catching_up).await?;
                 }
-                replica.progress.update_source(source, |s| {
-                    s.lag = last.saturating_sub(seq.max(before));
-                    s.epoch = epoch;
-                });
+                replica.progress.update_source(source, |s| (s.lag, s.epoch) = (lag, epoch));
             }
         }
     }
 }
 
-async fn apply(replica: &Replica, source: u64, epoch: u64, asked: Asked, batch: FollowBatch) -> Result<(), Broken> {
-    let mut records = Vec::with_capacity(batch.records.len());
-    for shipped in batch.records {
-        let record = Record::decode(shipped.record).map_err(|e| Broken::Apply(e.to_string()))?;
-        records.push((shipped.key, record));
+/// Applies a batch. One that others wait behind is applied piece by piece, with a rest after each as long as it took, so
+/// that half of the time is left to clients.
+async fn apply(
+    replica: &Replica,
+    source: u64,
+    epoch: u64,
+    asked: Asked,
+    batch: FollowBatch,
+    catching_up: bool,
+) -> Result<(), Broken> {
+    let piece = if catching_up { PIECE_BYTES } else { usize::MAX };
+    let mut pieces = crate::in_messages(batch.records, piece, size).into_iter().peekable();
+    while let Some(piece) = pieces.next() {
+        let begun = Instant::now();
+        let mut records = Vec::with_capacity(piece.len());
+        for shipped in piece {
+            let record = Record::decode(shipped.record).map_err(|e| Broken::Apply(e.to_string()))?;
+            records.push((shipped.key, record));
+        }
+        // One that comes a second time takes nothing back. The position moves only once all of the batch is there.
+        let known = replica.progress.position(source).is_some_and(|p| p.epoch == epoch && p.seq > batch.seq);
+        let position =
+            (!known && pieces.peek().is_none()).then_some(Position { replica: source, epoch, seq: batch.seq });
+        let batch = PeerBatch {
+            from: batch.origin,
+            records,
+            positions: position.into_iter().collect(),
+            clock: batch.clock,
+            asked: Some(asked),
+        };
+        replica.apply(batch).await.map_err(|r| Broken::Apply(r.message))?;
+        if catching_up {
+            tokio::time::sleep(begun.elapsed().min(LONGEST_REST)).await;
+        }
     }
-    // One that comes a second time takes nothing back.
-    let known = replica.progress.position(source).is_some_and(|p| p.epoch == epoch && p.seq > batch.seq);
-    let position = (!known).then_some(Position { replica: source, epoch, seq: batch.seq });
-    let batch = PeerBatch {
-        from: batch.origin,
-        records,
-        positions: position.into_iter().collect(),
-        clock: batch.clock,
-        asked: Some(asked),
-    };
-    replica.apply(batch).await.map_err(|refused| Broken::Apply(refused.message))
+    Ok(())
 }
 
 /// What to do when the source can't go on from this replica's position.

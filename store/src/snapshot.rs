@@ -29,7 +29,7 @@ use crate::writer::PeerBatch;
 /// So few that whoever is served on the same thread as the stream waits but shortly.
 const MESSAGE_BYTES: usize = 256 << 10;
 /// The longest rest after a message; each is as long as the message took.
-const LONGEST_REST: Duration = Duration::from_millis(5);
+pub const LONGEST_REST: Duration = Duration::from_millis(5);
 /// Cuts of one stream that are mended by resuming, before the copy begins anew.
 const RESUMES: u32 = 5;
 

@@ -21,7 +21,7 @@ use tokio::net::{TcpSocket, TcpStream};
 use tokio::process::{Child, ChildStdin, ChildStdout, Command};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
-use tokio::time::{sleep, timeout};
+use tokio::time::{sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 use tonic::codegen::http;
 use vasto_client::accept::connections;
@@ -51,6 +51,7 @@ const SPEC: &str = r#"{"shards":3,"replicationFactor":3,"storage":{"size":"100Gi
 const STALLED_WINDOW: u32 = 4 << 10;
 /// As a client has them.
 const CONNECT: Duration = Duration::from_secs(2);
+const RECEIPT: Duration = Duration::from_millis(150);
 const PING: Duration = Duration::from_secs(2);
 const PONG: Duration = Duration::from_secs(3);
 /// Streams that are opened at once where that is not what is measured.
@@ -67,7 +68,7 @@ const ANSWER: Duration = Duration::from_secs(20);
 /// A series ends early after so long.
 const SERIES: Duration = Duration::from_secs(120);
 /// Between two changes where some never acknowledge: the others' acknowledgements are through by then.
-const PAUSE: Duration = Duration::from_millis(200);
+const PAUSE: Duration = Duration::from_millis(400);
 /// For so long the server's load is sampled while nothing changes.
 const IDLE: Duration = Duration::from_secs(10);
 
@@ -563,6 +564,8 @@ impl Watcher {
             self.have.fill(0);
         }
         let mut come = BytesMut::new();
+        // What it has and has not told yet, and when it will.
+        let (mut known, mut due) = (Vec::new(), Instant::now());
         loop {
             if self.stalls && *self.stalled.borrow_and_update() {
                 self.board.parked.send_modify(|parked| *parked += 1);
@@ -576,6 +579,11 @@ impl Watcher {
                     continue;
                 }
                 bytes = answers.data() => bytes,
+                () = sleep_until(due.into()), if !known.is_empty() => {
+                    let known = std::mem::take(&mut known);
+                    requests.send_data(framed(&WatchRequest { keyspaces: Vec::new(), known }), false)?;
+                    continue;
+                }
             };
             let Some(bytes) = bytes else { bail!("it ended: {:?}", answers.trailers().await?) };
             let bytes = bytes?;
@@ -584,15 +592,18 @@ impl Watcher {
             while let Some(message) = unframed(&mut come) {
                 *failures = 0;
                 self.permit = None;
-                if let Some(request) = self.take(Peek::decode(message)?)? {
-                    requests.send_data(framed(&request), false)?;
+                if let Some(news) = self.take(Peek::decode(message)?)? {
+                    if known.is_empty() {
+                        due = Instant::now() + self.board.env.jitter(RECEIPT);
+                    }
+                    known.push(news);
                 }
             }
         }
     }
 
     /// Takes in an answer; gives what is to be told of it.
-    fn take(&mut self, answer: Peek) -> anyhow::Result<Option<WatchRequest>> {
+    fn take(&mut self, answer: Peek) -> anyhow::Result<Option<Known>> {
         let topology = answer.update.and_then(|update| update.topology);
         let topology = topology.with_context(|| format!("no keyspace {:?} is there", answer.missing))?;
         let (uid, version) = (topology.uid, topology.version);
@@ -604,7 +615,7 @@ impl Watcher {
         round.came(self.board.began, had, version);
         let news = version > self.known[place];
         self.known[place] = version.max(self.known[place]);
-        Ok(news.then(|| WatchRequest { keyspaces: Vec::new(), known: vec![Known { uid, version }] }))
+        Ok(news.then_some(Known { uid, version }))
     }
 }
 

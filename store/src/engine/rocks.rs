@@ -6,10 +6,11 @@ use std::sync::Arc;
 use bytes::Bytes;
 use rocksdb::{
     BlockBasedOptions, BottommostLevelCompaction, Cache, ColumnFamily, ColumnFamilyDescriptor, CompactOptions, DB,
-    DBCompressionType, DBPinnableSlice, DBRawIterator, DBRecoveryMode, DataBlockIndexType, ErrorKind,
+    DBCompressionType, DBPinnableSlice, DBRawIterator, DBRecoveryMode, DataBlockIndexType, Env, ErrorKind,
     IngestExternalFileOptions, Options, ReadOptions, ReadTier, Snapshot, SstFileWriter, WriteBatch, WriteBufferManager,
     WriteOptions, compaction_filter::Decision,
 };
+use vasto_client::threads::a_little_behind;
 use vasto_client::v1::Disk;
 
 use super::{
@@ -27,6 +28,7 @@ impl RocksStorage {
     /// `cache_bytes` for what was read, half of it for rows and half for blocks, and `write_buffer_bytes` for memtables,
     /// over all replicas together.
     pub fn new(cache_bytes: usize, write_buffer_bytes: usize) -> Self {
+        a_little_behind(start_threads);
         Self {
             // Many threads read at once; 0: it finds out for itself how large its entries are.
             cache: Cache::new_hyper_clock_cache(cache_bytes / 2, 0),
@@ -63,6 +65,14 @@ impl RocksStorage {
         records.set_bottommost_compression_type(DBCompressionType::Zstd);
         records.set_block_based_table_factory(&self.table(true));
         records
+    }
+}
+
+/// Starts RocksDB's own threads, unless they are there: one flushes and one compacts, for all databases of the process.
+fn start_threads() {
+    if let Ok(mut env) = Env::new() {
+        env.set_high_priority_background_threads(1);
+        env.set_background_threads(1);
     }
 }
 
@@ -319,5 +329,34 @@ impl Sorted for SstFile<'_> {
     fn finish(mut self: Box<Self>) -> Result<PathBuf, Error> {
         self.writer.finish().map_err(self.rocks.failed())?;
         Ok(self.path)
+    }
+}
+
+#[cfg(test)]
+#[cfg(target_os = "linux")]
+mod tests {
+    use super::*;
+
+    /// The threads of RocksDB by name, with how nice each is.
+    fn threads() -> Vec<(String, i32)> {
+        let mut found = Vec::new();
+        for thread in std::fs::read_dir("/proc/self/task").unwrap() {
+            // "1234 (rocksdb:low) S ...": niceness is the 19th field, the 17th behind the name.
+            let stat = std::fs::read_to_string(thread.unwrap().path().join("stat")).unwrap_or_default();
+            if let Some((name, rest)) = stat.split_once('(').and_then(|(_, rest)| rest.rsplit_once(')'))
+                && name.starts_with("rocksdb:")
+            {
+                found.push((name.to_owned(), rest.split_whitespace().nth(16).unwrap().parse().unwrap()));
+            }
+        }
+        found.sort();
+        found
+    }
+
+    #[test]
+    fn what_it_does_in_the_background_goes_a_little_behind_clients() {
+        let dir = tempfile::tempdir().unwrap();
+        let _open = RocksStorage::new(1 << 20, 1 << 20).open(dir.path(), Arc::default()).unwrap();
+        assert_eq!(threads(), [("rocksdb:high".to_owned(), 5), ("rocksdb:low".to_owned(), 5)]);
     }
 }
