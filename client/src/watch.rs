@@ -18,7 +18,7 @@ use crate::v1::{KeyspaceUpdate, Known, WatchRequest, WatchResponse, watch_respon
 
 /// About so long after a topology came the operator is told that it did: were it at once, ten thousand receipts would be in
 /// the way of the news for those who don't have it yet.
-const RECEIPT: Duration = Duration::from_millis(150);
+const RECEIPT: Duration = Duration::from_millis(200);
 
 /// Who sent a topology: the operator knows names, a store only what it was asked about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -51,7 +51,7 @@ const SPEC: &str = r#"{"shards":3,"replicationFactor":3,"storage":{"size":"100Gi
 const STALLED_WINDOW: u32 = 4 << 10;
 /// As a client has them.
 const CONNECT: Duration = Duration::from_secs(2);
-const RECEIPT: Duration = Duration::from_millis(150);
+const RECEIPT: Duration = Duration::from_millis(200);
 const PING: Duration = Duration::from_secs(2);
 const PONG: Duration = Duration::from_secs(3);
 /// Streams that are opened at once where that is not what is measured.
