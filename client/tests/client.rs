@@ -192,6 +192,15 @@ async fn a_wrong_shard_brings_the_newer_topology() {
     let map = cluster.map().await;
     let key = key_of(2, 3);
     map.put(&key, "1").await.unwrap();
+    // The operator hears what the client acts on.
+    let acts = async |version| {
+        let mut told = cluster.world.told.subscribe();
+        let heard = told.wait_for(|told: &Vec<_>| {
+            told.iter().any(|r: &vasto_client::v1::WatchRequest| r.known.iter().any(|k| k.version == version))
+        });
+        tokio::time::timeout(Duration::from_secs(10), heard).await.unwrap().unwrap();
+    };
+    acts(1).await;
     // The stores know more than the operator has said.
     let newer = cluster.view(2, 3, 1);
     for store in 0..3 {
@@ -205,12 +214,7 @@ async fn a_wrong_shard_brings_the_newer_topology() {
     let put = cluster.gauge(2).operations().pop().unwrap();
     // What the old shard gave is told to the new one.
     assert!(put.after.is_some());
-    // The operator hears what the client acts on.
-    let mut told = cluster.world.told.subscribe();
-    let acts = told.wait_for(|told: &Vec<_>| {
-        told.iter().any(|r: &vasto_client::v1::WatchRequest| r.known.iter().any(|k| k.version == 2))
-    });
-    tokio::time::timeout(Duration::from_secs(10), acts).await.unwrap().unwrap();
+    acts(2).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -411,6 +411,11 @@ impl Engine {
     /// The rows of many records, in the order of their keys; `None`: the row is not in memory, and the read was not to
     /// go further.
     pub fn rows_of(&self, keys: &[&[u8]], reach: Reach) -> Vec<Option<Result<Option<Row>, Error>>> {
+        self.read(keys, reach, true)
+    }
+
+    /// As `rows_of`; `keep`: what was not in the row cache is taken in, and what was asked counts.
+    fn read(&self, keys: &[&[u8]], reach: Reach, keep: bool) -> Vec<Option<Result<Option<Row>, Error>>> {
         let (mut missed, mut asked) = (Vec::new(), Vec::new());
         let mut rows = Vec::with_capacity(keys.len());
         for (index, key) in keys.iter().enumerate() {
@@ -430,40 +435,28 @@ impl Engine {
                     Ok(Found::NotInMemory) => None,
                     Ok(Found::Nothing) => Some(Ok(None)),
                     Ok(Found::Value(row)) => Some(match split_row(row) {
-                        Some((seq, record)) => Ok(Some(self.cache.fill(self.number, asked[place], miss, seq, record))),
+                        Some((seq, record)) if keep => {
+                            Ok(Some(self.cache.fill(self.number, asked[place], miss, seq, record)))
+                        }
+                        Some((seq, record)) => Ok(Some(Row { seq, record: Bytes::copy_from_slice(record) })),
                         None => Err(self.malformed(Family::Records, row.len())),
                     }),
                     Err(error) => Some(Err(error)),
                 };
             });
         }
-        // What is not in memory is looked for once more, and counts then.
-        let answered = missed.iter().filter(|(index, _)| rows[*index].is_some()).count();
-        self.cache.count(keys.len() - missed.len(), answered);
+        if keep {
+            // What is not in memory is looked for once more, and counts then.
+            let answered = missed.iter().filter(|(index, _)| rows[*index].is_some()).count();
+            self.cache.count(keys.len() - missed.len(), answered);
+        }
         rows
     }
 
     /// The rows of many records, in the order of their keys, for who needs them but once: none of them is taken into the
     /// row cache.
     pub fn rows_once(&self, keys: &[&[u8]]) -> Result<Vec<Option<Row>>, Error> {
-        let mut rows: Vec<Option<Row>> = keys.iter().map(|key| self.cache.look(self.number, key).ok()).collect();
-        let missed: Vec<usize> = (0..keys.len()).filter(|index| rows[*index].is_none()).collect();
-        if missed.is_empty() {
-            return Ok(rows);
-        }
-        let asked: Vec<&[u8]> = missed.iter().map(|index| keys[*index]).collect();
-        let mut failed = None;
-        self.db.get_many(&asked, Reach::Disk, &mut |place, found| match found {
-            Ok(Found::Nothing | Found::NotInMemory) => {}
-            Ok(Found::Value(row)) => match split_row(row) {
-                Some((seq, record)) => {
-                    rows[missed[place]] = Some(Row { seq, record: Bytes::copy_from_slice(record) });
-                }
-                None => failed = Some(self.malformed(Family::Records, row.len())),
-            },
-            Err(error) => failed = Some(error),
-        });
-        failed.map_or(Ok(rows), Err)
+        self.read(keys, Reach::Disk, false).into_iter().map(|row| row.unwrap_or(Ok(None))).collect()
     }
 
     fn malformed(&self, family: Family, len: usize) -> Error {

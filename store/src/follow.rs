@@ -275,7 +275,7 @@ pub async fn follow(keyspace: Arc<Keyspace>, replica: Arc<Replica>, source: u64,
 }
 
 #[derive(Debug, thiserror::Error)]
-enum Broken {
+pub(crate) enum Broken {
     #[error("no address of {0} is known")]
     NoAddress(String),
     #[error(transparent)]
@@ -371,7 +371,7 @@ async fn once(keyspace: &Arc<Keyspace>, replica: &Arc<Replica>, source: u64, sto
 
 /// Applies a batch. One that others wait behind is applied piece by piece, with a rest after each as long as it took, so
 /// that half of the time is left to clients.
-async fn apply(
+pub(crate) async fn apply(
     replica: &Replica,
     source: u64,
     epoch: u64,

@@ -16,7 +16,8 @@ use tokio::sync::Notify;
 use vasto_client::env::Env;
 use vasto_client::hash::{jump_hash, partition_hash};
 use vasto_client::v1::{
-    Assignment, FailureCode, FollowStart, Phase, Position, Returning, Shard, SnapshotRequired, Topology, View,
+    Assignment, FailureCode, FollowBatch, FollowStart, Phase, Position, Returning, Shard, Shipped, SnapshotRequired,
+    Topology, View,
 };
 
 use crate::build::Birth;
@@ -122,6 +123,41 @@ fn from_peer(key: &str, record: Record, seq: u64) -> PeerBatch {
         clock: 0,
         asked: Some(Asked { version: 1, cleanups: 0 }),
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_position_moves_only_once_all_pieces_of_its_batch_are_there() {
+    const RECORDS: usize = 200;
+    let dir = tempfile::tempdir().unwrap();
+    let replica = open(dir.path(), &stable(1, &[&[ME, PEER]]));
+    let key = |n: usize| format!("key-{n:03}");
+    let large = Content::Bytes(vec![7; 32 << 10].into());
+    let shipped = |n| {
+        let record = record(&key(n), time_of(1_000), large.clone()).encoded().into();
+        Shipped { key: key(n).into(), record }
+    };
+    let records = (0..RECORDS).map(shipped).collect();
+    let batch = FollowBatch { records, seq: 300, last_seq: 400, clock: 0, origin: 5, number: 1 };
+    let asked = Asked { version: 1, cleanups: 0 };
+    let apply = || follow::apply(&replica, PEER, 1, asked, batch.clone(), true);
+    let there = |n| kind(&replica, &key(n)) != Kind::Nothing;
+    let first_is_there = async {
+        while !there(0) {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::select! {
+        biased;
+        () = first_is_there => {}
+        applied = apply() => panic!("it was not cut: {applied:?}"),
+    }
+    // Behind what was on its way.
+    put(&replica, "last").await.unwrap();
+    assert!(there(0) && !there(RECORDS - 1));
+    assert_eq!(replica.progress.position(PEER), None);
+    apply().await.unwrap();
+    assert!((0..RECORDS).all(there));
+    assert_eq!(replica.progress.position(PEER), Some(Position { replica: PEER, epoch: 1, seq: 300 }));
 }
 
 #[test]

@@ -38,7 +38,6 @@ pub(super) struct Pages {
 struct Page {
     from: u64,
     lines: u64,
-    last: u64,
     key: [u8; 8],
     /// Where its value ends.
     end: usize,
@@ -48,13 +47,13 @@ impl Pages {
     /// A line after those before.
     pub fn add(&mut self, seq: u64, from: u64, key: &[u8]) {
         match self.pages.last_mut() {
-            Some(page) if page.from == from && page.last + 1 == seq && page.lines < LINES => {
-                (page.lines, page.last, page.key) = (page.lines + 1, seq, seq.to_be_bytes());
+            Some(page) if page.from == from && u64::from_be_bytes(page.key) + 1 == seq && page.lines < LINES => {
+                (page.lines, page.key) = (page.lines + 1, seq.to_be_bytes());
             }
             _ => {
                 self.bytes.push(FORM);
                 self.bytes.extend_from_slice(&from.to_be_bytes());
-                self.pages.push(Page { from, lines: 1, last: seq, key: seq.to_be_bytes(), end: 0 });
+                self.pages.push(Page { from, lines: 1, key: seq.to_be_bytes(), end: 0 });
             }
         }
         self.bytes.extend_from_slice(&(key.len() as u32).to_be_bytes());
