@@ -290,6 +290,37 @@ async fn a_shrink_is_called_off_in_each_phase() {
     change_of_mind("mind-shrink", 4, 2).await;
 }
 
+/// Pods that are to go are still ending when they are wanted again: their volumes stay, and are used again. When they
+/// go in the end, so do the volumes.
+#[tokio::test(flavor = "multi_thread")]
+async fn volumes_of_pods_that_are_wanted_again_stay() {
+    const LAST: &str = "packages-store-3";
+    let bench = Bench::new("again").await;
+    let operator = bench.operator();
+    let uid = in_use(&bench, 4, 2).await.uid().to_owned();
+    let claim = async || bench.claims().get(&format!("data-{LAST}")).await.unwrap();
+    let marked = async || claim().await.annotations().get("vasto.io/surplus") == Some(&uid);
+    let volume = claim().await.uid();
+    bench.fleet.stuck(LAST, true);
+    bench.scale(2, None).await;
+    bench
+        .wait("a pod that ends", async || bench.pods().get(LAST).await.unwrap().metadata.deletion_timestamp.is_some())
+        .await;
+    assert!(marked().await, "whoever leads next must know that it may go");
+    bench.scale(4, None).await;
+    bench.wait("a volume that is to stay", async || !marked().await).await;
+    bench.fleet.stuck(LAST, false);
+    bench.settled(4, 2).await;
+    bench.until_claims(0..4).await;
+    let kept = claim().await;
+    assert_eq!((kept.uid(), kept.metadata.deletion_timestamp), (volume, None));
+    bench.fleet.at_rest(&uid).await;
+    bench.scale(2, None).await;
+    bench.settled(2, 2).await;
+    bench.until_claims(0..2).await;
+    good(&bench, &[&operator], &uid).await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_deletion_in_each_phase_ends() {
     for phase in [Phase::Prepare, Phase::Fence, Phase::Drain, Phase::Cleanup] {

@@ -34,6 +34,8 @@ pub(crate) const INPUTS: &str = "vasto.io/inputs";
 pub(crate) const TEMPLATE: &str = "vasto.io/template";
 /// On the StatefulSet: the term of the leader that changed it last for a change of the keyspace.
 pub(crate) const TERM: &str = "vasto.io/term";
+/// On a volume's claim: the uid of the keyspace whose store there is being taken away, and left nothing there.
+pub(crate) const SURPLUS: &str = "vasto.io/surplus";
 /// The reason under which a waiting template is shown.
 pub const RESTART_REASON: &str = "NewerTemplate";
 
@@ -58,8 +60,6 @@ pub struct Site {
 pub(crate) struct Wanted {
     /// Pods: one above the greatest ordinal.
     pub(crate) replicas: u32,
-    /// Volumes of pods beyond that go with them: their stores have reported that they hold nothing.
-    pub(crate) drop_surplus: bool,
     pub(crate) image: String,
     /// The leader's term, where a change is under way.
     pub(crate) term: Option<i32>,
@@ -286,8 +286,8 @@ fn stores(keyspace: &Keyspace, site: &Site, wanted: &Wanted, live: Option<&State
             }),
             persistent_volume_claim_retention_policy: Some(StatefulSetPersistentVolumeClaimRetentionPolicy {
                 when_deleted: Some(policy(spec.deletion_policy == DeletionPolicy::Delete)),
-                // A hand on the StatefulSet's replicas must not cost a volume.
-                when_scaled: Some(policy(wanted.drop_surplus)),
+                // A hand on the StatefulSet's replicas must not cost a volume; the driver takes those away itself.
+                when_scaled: Some(policy(false)),
             }),
             revision_history_limit: Some(3),
             selector: LabelSelector { match_labels: Some(selector(keyspace.name())), ..LabelSelector::default() },

@@ -3,20 +3,21 @@
 //! was decided on.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
-use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::api::core::v1::{PersistentVolumeClaim, Pod};
 use kube::runtime::reflector::Store;
 use kube::{Resource, ResourceExt};
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio::time::Instant;
 use vasto_client::v1::{Phase, Topology, View};
 use vasto_crds::Keyspace;
 
 use super::super::api::{Error, Object};
 use super::super::lease::Term;
-use super::super::objects::{self, Objects, Wanted};
+use super::super::objects::{self, Objects, SURPLUS, Wanted};
 use super::super::pods::{self, Roll};
 use super::super::volumes::{self, Reach};
 use super::Driver;
@@ -97,14 +98,16 @@ impl Driver {
         let changing = !resting || outcome.next.is_some();
         let live = cluster.stores.clone();
         let has = live.as_ref().and_then(|s| s.spec.replicas).map(i32::unsigned_abs);
-        let (replicas, drop_surplus) = replicas(has, outcome, state.as_deref(), &keyspace, seen, cluster);
+        let replicas = replicas(has, outcome, state.as_deref(), &keyspace, seen, cluster);
+        let going = replicas..has.unwrap_or(replicas);
         let term_number = changing.then_some(term.number);
-        let wanted = Wanted { replicas, drop_surplus, image: acted.image.clone(), term: term_number };
+        let wanted = Wanted { replicas, image: acted.image.clone(), term: term_number };
         acted.outdated =
             live.as_ref().is_some_and(|live| objects::is_outdated(&keyspace, &self.site, &acted.image, live));
         let Objects { account, headless, client, budget, stores } =
             objects::objects(&keyspace, &self.site, &wanted, live.as_deref());
         let Some(caches) = self.caches.get() else { return Ok(()) };
+        self.condemn(entry, cluster, replicas, going).await?;
         let written = self.put_live(entry, live.as_deref(), stores).await;
         if let Ok(Some(written)) = &written {
             entry.stores = Some(Arc::new(written.clone()));
@@ -121,6 +124,7 @@ impl Driver {
         written?;
         others.into_iter().collect::<Result<(), Error>>()?;
         self.enlarge(entry, cluster, acted).await?;
+        self.clear(entry, cluster, replicas).await?;
         self.let_go(entry, seen, cluster).await?;
         self.roll(entry, cluster, acted).await
     }
@@ -169,6 +173,38 @@ impl Driver {
         }
     }
 
+    /// Marks the volumes of pods that are about to go, and unmarks those of pods that are to stay or to come: before
+    /// the StatefulSet says so, so that whoever leads next knows what was decided, and a late deletion is refused.
+    async fn condemn(&self, entry: &Entry, cluster: &Cluster, replicas: u32, going: Range<u32>) -> Result<(), Error> {
+        let uid = entry.resource.uid();
+        for (store, claim) in &cluster.claims {
+            let Some(ordinal) = ordinal(store) else { continue };
+            let marked = surplus_of(claim) == Some(uid);
+            let value = if going.contains(&ordinal) && !marked {
+                Value::String(uid.to_owned())
+            } else if ordinal < replicas && marked {
+                Value::Null
+            } else {
+                continue;
+            };
+            self.writer.merge(&**claim, json!({"metadata": {"annotations": {SURPLUS: value}}})).await?;
+        }
+        Ok(())
+    }
+
+    /// Deletes the volumes that are marked, once their pods are gone. The StatefulSet's own `whenScaled` would only
+    /// do it for pods that it finds, and takes it back where the size changes again meanwhile.
+    async fn clear(&self, entry: &Entry, cluster: &Cluster, replicas: u32) -> Result<(), Error> {
+        for (store, claim) in &cluster.claims {
+            let surplus = ordinal(store).is_some_and(|n| n >= replicas) && !cluster.pods.contains_key(store);
+            let marked = surplus_of(claim) == Some(entry.resource.uid());
+            if surplus && marked && claim.metadata.deletion_timestamp.is_none() {
+                self.writer.delete(&**claim).await?;
+            }
+        }
+        Ok(())
+    }
+
     /// Volumes grow, where their class lets them.
     async fn enlarge(&self, entry: &mut Entry, cluster: &Cluster, acted: &mut Acted) -> Result<(), Error> {
         let keyspace = &*entry.resource;
@@ -184,7 +220,7 @@ impl Driver {
             let refused = match refused {
                 Some(refused) => refused,
                 None => {
-                    let change = serde_json::json!({"spec": {"resources": {"requests": {"storage": hash}}}});
+                    let change = json!({"spec": {"resources": {"requests": {"storage": hash}}}});
                     match self.writer.merge(&**claim, change).await {
                         Ok(_) => {
                             let text = format!("{} grows to {size}", claim.name_any());
@@ -320,7 +356,7 @@ fn replicas(
     keyspace: &Keyspace,
     seen: &BTreeMap<String, Seen>,
     cluster: &Cluster,
-) -> (u32, bool) {
+) -> u32 {
     let target = outcome.stores_wanted.iter().filter_map(|s| ordinal(s)).max().map_or(0, |n| n + 1);
     let lost_after = keyspace.spec.store_lost_after.as_duration();
     let named: Vec<&str> = state.map(Topology::stores).unwrap_or_default();
@@ -344,8 +380,12 @@ fn replicas(
     while wanted > target && may_go(&store_name(wanted - 1)) {
         wanted -= 1;
     }
-    let leaving = cluster.pods.keys().filter_map(|s| ordinal(s)).any(|n| n >= wanted);
-    (wanted, wanted < live || leaving)
+    wanted
+}
+
+/// The uid of the keyspace that has decided to let this volume go.
+fn surplus_of(claim: &PersistentVolumeClaim) -> Option<&str> {
+    claim.annotations().get(SURPLUS).map(String::as_str)
 }
 
 /// Whether a store reports that it holds no replica of anything.
