@@ -6,6 +6,7 @@
 //! simulation can crash.
 
 mod changes;
+mod recent;
 mod rocks;
 mod row_cache;
 
@@ -20,6 +21,8 @@ use vasto_client::v1::Disk;
 
 use crate::record::Record;
 pub use changes::Change;
+pub use recent::Latest;
+use recent::Recent;
 pub use rocks::RocksStorage;
 pub use row_cache::{RowCache, RowCacheUsage};
 
@@ -121,6 +124,14 @@ pub struct Row {
     pub record: Bytes,
 }
 
+/// How many rows to read next, for who reads many for one purpose, after so many had so many bytes: many at once cost
+/// less, as long as they are small.
+pub fn rows_at_once(before: usize, bytes: usize) -> usize {
+    const MOST: usize = 32;
+    const SMALL: usize = 128 << 10;
+    if bytes < SMALL { MOST.min(before * 4) } else { 1 }
+}
+
 fn split_row(row: &[u8]) -> Option<(u64, &[u8])> {
     let (seq, record) = row.split_first_chunk::<8>()?;
     Some((u64::from_be_bytes(*seq), record))
@@ -164,6 +175,8 @@ pub enum Write<'a> {
 
 #[derive(Clone, Copy, Debug)]
 enum Kind {
+    /// A record that came from the peer of this origin.
+    Record(u64),
     Put,
     Delete,
     DeleteRange,
@@ -197,7 +210,7 @@ impl Batch {
         let middle = self.bytes.len();
         self.bytes.extend_from_slice(&seq.to_be_bytes());
         encode(&mut self.bytes);
-        self.writes.push((Kind::Put, Family::Records, middle, self.bytes.len()));
+        self.writes.push((Kind::Record(from), Family::Records, middle, self.bytes.len()));
         self.changes.add(seq, from, key);
     }
 
@@ -230,12 +243,31 @@ impl Batch {
             let (key, value) = (&self.bytes[begin..*middle], &self.bytes[*middle..*end]);
             begin = *end;
             match kind {
-                Kind::Put => Write::Put(*family, key, value),
+                Kind::Record(_) | Kind::Put => Write::Put(*family, key, value),
                 Kind::Delete => Write::Delete(*family, key),
                 Kind::DeleteRange => Write::DeleteRange(*family, key, value),
             }
         });
         writes.chain(pages)
+    }
+
+    /// The records, in their order, in memory of their own.
+    fn latest(&self) -> Vec<Latest> {
+        let bytes = Bytes::copy_from_slice(&self.bytes);
+        let mut begin = 0;
+        let latest = self.writes.iter().filter_map(|(kind, _, middle, end)| {
+            let (key, row) = (begin..*middle, *middle..*end);
+            begin = *end;
+            let Kind::Record(from) = kind else { return None };
+            let (seq, _) = split_row(&bytes[row.clone()])?;
+            Some(Latest {
+                seq,
+                from: *from,
+                key: bytes.slice(key),
+                record: bytes.slice(row.start + size_of::<u64>()..row.end),
+            })
+        });
+        latest.collect()
     }
 
     /// How many those are.
@@ -297,6 +329,9 @@ pub trait Storage: Send + Sync {
 
     /// Where rows are kept in memory.
     fn row_cache(&self) -> &Arc<RowCache>;
+
+    /// Bytes of its last changes that a database keeps in memory for followers.
+    fn recent_bytes(&self) -> usize;
 }
 
 /// RowCache at one instant, or as they are now.
@@ -366,10 +401,20 @@ pub struct Engine {
     cache: Arc<RowCache>,
     /// Its number there.
     number: u64,
+    recent: Recent,
     /// What compaction may drop.
     pub collection: Arc<Collection>,
     /// Tells that the database is closed: the last field, so dropped after it.
     closed: DropGuard,
+}
+
+/// Somebody follows; see `Engine::follow`.
+pub struct Following(Arc<Engine>);
+
+impl Drop for Following {
+    fn drop(&mut self) {
+        self.0.recent.end();
+    }
 }
 
 impl Engine {
@@ -378,24 +423,45 @@ impl Engine {
         let collection = Arc::new(Collection::default());
         let db = storage.open(path, collection.clone())?;
         let cache = storage.row_cache().clone();
-        let (path, number) = (path.to_owned(), cache.database());
-        Ok(Self { db, path, cache, number, collection, closed: CancellationToken::new().drop_guard() })
+        let (path, number, recent) = (path.to_owned(), cache.database(), Recent::new(storage.recent_bytes()));
+        Ok(Self { db, path, cache, number, recent, collection, closed: CancellationToken::new().drop_guard() })
     }
 
     /// Writes all of the batch or nothing; `sync`: and syncs the log before it returns.
     pub fn write(&self, batch: &Batch, sync: bool) -> Result<(), Error> {
+        let latest = self.recent.wants(batch.size()).then(|| batch.latest());
         let written = self.db.write(batch, sync);
+        let mut deleted = false;
         for write in batch.writes() {
             match write {
                 // What a failed write has left is for a read to find out.
                 Write::Put(Family::Records, key, row) => {
                     self.cache.wrote(self.number, key, split_row(row).filter(|_| written.is_ok()));
                 }
-                Write::Delete(Family::Records, key) => self.cache.wrote(self.number, key, None),
+                Write::Delete(Family::Records, key) => {
+                    deleted = true;
+                    self.cache.wrote(self.number, key, None);
+                }
                 _ => {}
             }
         }
+        match latest.filter(|_| written.is_ok() && !deleted) {
+            Some(latest) => self.recent.wrote(latest),
+            None => self.recent.lost(),
+        }
         written
+    }
+
+    /// From now on the last changes are kept in memory, until this is dropped.
+    pub fn follow(self: &Arc<Self>) -> Following {
+        self.recent.begin();
+        Following(self.clone())
+    }
+
+    /// The changes after `seq`, up to and with `last`, in order, but only the last of each key; no more once they have
+    /// `bytes`. With them, how far they reach. `None`: they are not in memory, or nobody follows.
+    pub fn recent(&self, seq: u64, last: u64, bytes: usize) -> Option<(Vec<Latest>, u64)> {
+        self.recent.read(seq, last, bytes)
     }
 
     /// Syncs the log: all that was written before survives the machine.

@@ -26,8 +26,6 @@ use crate::writer::{Asked, PeerBatch};
 
 /// Lines of `changes` looked at in one step.
 const LINES: usize = 1_000;
-/// Rows read at once, as long as they are small.
-const ROWS: usize = 32;
 /// A message is sent when its records reach this many bytes.
 const MESSAGE_BYTES: usize = 1 << 20;
 /// A record longer than this travels in parts.
@@ -35,6 +33,8 @@ const PART_BYTES: usize = 8 << 20;
 /// After a message that told all there was, the next comes no sooner: what is written meanwhile goes along, and a
 /// message costs far more than a record in it. Whoever writes now and then does not wait for it.
 const PAUSE: Duration = Duration::from_millis(1);
+/// What brings no records is told no sooner after a message than this: a position alone costs the follower a write.
+const NEWS: Duration = Duration::from_millis(20);
 /// Of what a follower has to catch up on, so much is applied at once: whoever writes meanwhile waits but shortly.
 const PIECE_BYTES: usize = 64 << 10;
 /// The longest silence of a source.
@@ -66,6 +66,36 @@ pub struct Page {
     pub seq: u64,
 }
 
+impl Page {
+    /// A changed row, if the follower wants it. How many bytes it took.
+    fn add(&mut self, topology: &Topology, (source, follower): (u64, u64), key: Bytes, record: Bytes) -> usize {
+        let Ok(seen) = glance(&record) else { return 0 };
+        if !topology.ships(source, follower, seen.partition_hash) {
+            return 0;
+        }
+        let bytes = key.len() + record.len();
+        self.records.extend(shipped(key, record));
+        bytes
+    }
+}
+
+/// As `page`, from memory alone; `None`: it is not there.
+pub fn recent_page(
+    engine: &engine::Engine,
+    topology: &Topology,
+    ids: (u64, u64),
+    follower_origin: u64,
+    seq: u64,
+    last_seq: u64,
+) -> Option<Page> {
+    let (latest, seq) = engine.recent(seq, last_seq, MESSAGE_BYTES)?;
+    let mut page = Page { records: Vec::with_capacity(latest.len()), seq };
+    for change in latest.into_iter().filter(|change| change.from != follower_origin) {
+        page.add(topology, ids, change.key, change.record);
+    }
+    Some(page)
+}
+
 /// Reads on from `seq`. Blocks.
 ///
 /// A line is skipped when it came from the follower in its present life, when
@@ -74,7 +104,7 @@ pub struct Page {
 pub fn page(
     engine: &engine::Engine,
     topology: &Topology,
-    (source, follower): (u64, u64),
+    ids: (u64, u64),
     follower_origin: u64,
     seq: u64,
     last_seq: u64,
@@ -105,13 +135,9 @@ pub fn page(
         let before = bytes;
         for (line, row) in wanted.into_iter().zip(rows) {
             let Some(row) = row.filter(|row| row.seq == line.seq) else { continue };
-            let Ok(seen) = glance(&row.record) else { continue };
-            if topology.ships(source, follower, seen.partition_hash) {
-                bytes += line.key.len() + row.record.len();
-                page.records.extend(shipped(line.key, row.record));
-            }
+            bytes += page.add(topology, ids, line.key, row.record);
         }
-        at_once = if bytes - before < MESSAGE_BYTES / 8 { ROWS.min(at_once * 4) } else { 1 };
+        at_once = engine::rows_at_once(at_once, bytes - before);
     }
     if all {
         // Seqs may have gaps (ceilings, trimmed lines): the end is the end.
@@ -175,11 +201,13 @@ pub(crate) async fn send(
     start: &FollowStart,
     out: &mpsc::Sender<Result<FollowResponse, Status>>,
 ) {
+    let _following = replica.engine.follow();
     let respond = |message, topology| FollowResponse { message: Some(message), topology };
     let mut updates = keyspace.updates();
     let mut writes = replica.progress.writes();
     let (mut seq, mut version) = (start.seq, start.version);
-    let (mut told, mut number) = (0, 0);
+    let (mut told, mut number) = (None, 0);
+    let mut sent = Instant::now();
     loop {
         let last_seq = *writes.borrow_and_update();
         let update = updates.borrow_and_update().clone();
@@ -196,25 +224,25 @@ pub(crate) async fn send(
             let _ = out.send(Ok(respond(follow_response::Message::NotReady(why), None))).await;
             return;
         }
-        let newer = (topology.version > version).then(|| {
-            version = topology.version;
-            (*update).clone()
-        });
+        let mut newer = (topology.version > version).then(|| (*update).clone());
         if let Some(required) = required(replica, &FollowStart { seq, ..start.clone() }) {
             let message = follow_response::Message::SnapshotRequired(required);
             let _ = out.send(Ok(respond(message, newer))).await;
             return;
         }
         let (engine, ids, origin) = (replica.engine.clone(), (replica.id, start.follower), start.origin);
-        let read = keyspace.env().blocking(move || page(&engine, &topology, ids, origin, seq, last_seq)).await;
-        let page = match read {
-            Ok(Ok(page)) => page,
-            Ok(Err(error)) => {
-                tracing::error!(replica = replica.id, %error, "changes can't be read");
-                replica.progress.poison(error.to_string());
-                return;
-            }
-            Err(_) => return,
+        let recent = recent_page(&engine, &topology, ids, origin, seq, last_seq);
+        let page = match recent {
+            Some(page) => page,
+            None => match keyspace.env().blocking(move || page(&engine, &topology, ids, origin, seq, last_seq)).await {
+                Ok(Ok(page)) => page,
+                Ok(Err(error)) => {
+                    tracing::error!(replica = replica.id, %error, "changes can't be read");
+                    replica.progress.poison(error.to_string());
+                    return;
+                }
+                Err(_) => return,
+            },
         };
         // Rows may have been deleted, by a clean-up, while they were read.
         if updates.has_changed().unwrap_or(true) && !keyspace.topology().is_source(replica.id, start.follower) {
@@ -224,12 +252,14 @@ pub(crate) async fn send(
         if replica.progress.trimmed() > seq && page.seq > seq {
             continue;
         }
-        let news = page.seq != seq || newer.is_some() || told != last_seq;
         let at_end = page.seq >= last_seq;
         let before = std::mem::replace(&mut seq, page.seq);
-        told = last_seq;
-        if news {
-            let mut newer = newer;
+        let news = told != Some((seq, last_seq));
+        let due = !page.records.is_empty() || told.is_none() || sent.elapsed() >= NEWS;
+        if newer.is_some() || news && due {
+            told = Some((seq, last_seq));
+            sent = Instant::now();
+            version = newer.as_ref().and_then(|update| update.topology.as_ref()).map_or(version, |t| t.version);
             let mut messages = in_messages(page.records).into_iter().peekable();
             while let Some(records) = messages.next() {
                 number += 1;
@@ -248,13 +278,14 @@ pub(crate) async fn send(
             }
         }
         if at_end {
-            let sent = Instant::now();
+            let read = Instant::now();
             tokio::select! {
                 changed = writes.changed() => if changed.is_err() { return },
                 changed = updates.changed() => if changed.is_err() { return },
-                () = tokio::time::sleep(HEARTBEAT) => told = 0,
+                () = tokio::time::sleep_until(sent + NEWS), if told != Some((seq, last_seq)) => {}
+                () = tokio::time::sleep_until(sent + HEARTBEAT) => told = None,
             }
-            tokio::time::sleep_until(sent + PAUSE).await;
+            tokio::time::sleep_until(read + PAUSE).await;
         }
     }
 }

@@ -364,6 +364,8 @@ async fn a_page_ships_each_current_record_once_and_nothing_back() {
     let dir = tempfile::tempdir().unwrap();
     let topology = stable(1, &[&[ME, PEER]]);
     let replica = open(dir.path(), &topology);
+    let first = replica.progress.last_seq();
+    let following = replica.engine.follow();
     put(&replica, "twice").await.unwrap();
     put(&replica, "once").await.unwrap();
     put(&replica, "twice").await.unwrap();
@@ -375,6 +377,17 @@ async fn a_page_ships_each_current_record_once_and_nothing_back() {
     assert_eq!(keys(5), ["once", "twice"], "what its present life gave is not sent back");
     assert_eq!(keys(6), ["once", "twice", "given"], "what an earlier life gave is: it may have lost that");
     assert_eq!(page(5).seq, last);
+
+    let recent = |origin| follow::recent_page(&replica.engine, &topology, (ME, PEER), origin, first, last);
+    for origin in [5, 6] {
+        let (recent, page) = (recent(origin).unwrap(), page(origin));
+        assert_eq!((recent.records, recent.seq), (page.records, page.seq), "memory tells the same");
+    }
+    // Rows that go without a change are in no page; memory doesn't know which those were.
+    replica.clean(vec![Bytes::from_static(b"once")]).await.unwrap();
+    assert_eq!(keys(5), ["twice"]);
+    assert!(recent(5).is_none());
+    drop(following);
 }
 
 #[tokio::test(flavor = "multi_thread")]

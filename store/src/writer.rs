@@ -13,19 +13,20 @@ use vasto_client::hash::jump_hash;
 use vasto_client::v1::{FailureCode, Phase, Position, Returning, Topology};
 
 use crate::clock::Clock;
-use crate::engine::{Batch, Engine};
+use crate::engine::{Batch, Engine, rows_at_once};
 use crate::join::join;
 use crate::merge::{self, Limits, LocalOp};
 use crate::meta::Fence;
 use crate::record::{Content, Record, Stamp, View};
 use crate::replica::Progress;
 
-/// A batch is written when it holds this many bytes, however much more waits.
-const BATCH_BYTES: usize = 4 << 20;
+/// A batch is written when it holds this many bytes, however much more waits: clients make use of the answers to one
+/// while the next is written.
+const BATCH_BYTES: usize = 16 << 10;
+/// The same where each batch is synced, which costs far more than what is in it.
+const SYNCED_BATCH_BYTES: usize = 4 << 20;
 /// A batch that had more keys does not keep its memory for the next one.
 const KEPT_KEYS: usize = 8 << 10;
-/// Rows that are read at once, to be joined with what a peer has sent.
-const ROWS_AT_ONCE: usize = 32;
 /// Seqs reserved ahead with one sync.
 const SEQ_STEP: u64 = 1 << 20;
 
@@ -275,7 +276,8 @@ impl Writer {
             self.progress.full.store(self.full, Ordering::Relaxed);
             let (mut batch, mut overlay) = (std::mem::take(&mut self.batch), std::mem::take(&mut self.overlay));
             let mut pending = Pending::default();
-            while batch.size() < BATCH_BYTES {
+            let enough = if self.progress.synced_writes() { SYNCED_BATCH_BYTES } else { BATCH_BYTES };
+            while batch.size() < enough {
                 match commands.next() {
                     None => break,
                     Some(Command::Stop(done)) => stop = Some(done),
@@ -390,16 +392,17 @@ impl Writer {
         row.map(|row| Record::decode(row.record)).transpose().map_err(internal)
     }
 
-    /// What the database has of records' keys, for those that the batch has not.
-    fn known(&self, records: &[(Bytes, Record)], overlay: &Overlay) -> Result<Vec<Option<Record>>, Refused> {
+    /// What the database has of records' keys, for those that the batch has not, and how many bytes that took.
+    fn known(&self, records: &[(Bytes, Record)], overlay: &Overlay) -> Result<(Vec<Option<Record>>, usize), Refused> {
         let asked: Vec<usize> = (0..records.len()).filter(|index| !overlay.contains_key(&records[*index].0)).collect();
         let keys: Vec<&[u8]> = asked.iter().map(|index| &records[*index].0[..]).collect();
         let rows = self.engine.rows_once(&keys).inspect_err(|error| self.progress.failed(error)).map_err(internal)?;
-        let mut known = vec![None; records.len()];
+        let (mut known, mut bytes) = (vec![None; records.len()], 0);
         for (index, row) in asked.into_iter().zip(rows) {
+            bytes += row.as_ref().map_or(0, |row| row.record.len());
             known[index] = row.map(|row| Record::decode(row.record)).transpose().map_err(internal)?;
         }
-        Ok(known)
+        Ok((known, bytes))
     }
 
     fn put(&mut self, key: Bytes, record: Record, from: u64, batch: &mut Batch, overlay: &mut Overlay) {
@@ -507,9 +510,11 @@ impl Writer {
         // Not ours under any view: drained long ago, and deleted by Clean up.
         let holds = |(_, record): &(Bytes, Record)| topology.holds(replica, record.partition_hash());
         let mut records = peer.records.into_iter().filter(holds).peekable();
+        let mut at_once = 1;
         while records.peek().is_some() {
-            let some: Vec<_> = records.by_ref().take(ROWS_AT_ONCE).collect();
-            let known = self.known(&some, overlay)?;
+            let some: Vec<_> = records.by_ref().take(at_once).collect();
+            let (known, bytes) = self.known(&some, overlay)?;
+            at_once = rows_at_once(at_once, bytes);
             for ((key, record), known) in some.into_iter().zip(known) {
                 self.clock.observe(record.greatest_stamp().time);
                 // The batch may have it by now.

@@ -25,6 +25,9 @@ use crate::net::elapsed;
 /// What a failed sync says.
 pub const CANT_WRITE: &str = "the simulated disk can't write";
 
+/// Room for a few of the last changes: some followers are close enough behind to be served from there, others aren't.
+const RECENT_BYTES: usize = 600;
+
 type Rows = BTreeMap<Bytes, Bytes>;
 
 /// What a database holds.
@@ -273,6 +276,10 @@ impl Storage for MemoryStorage {
 
     fn row_cache(&self) -> &Arc<RowCache> {
         &self.rows
+    }
+
+    fn recent_bytes(&self) -> usize {
+        RECENT_BYTES
     }
 }
 

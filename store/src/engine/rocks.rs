@@ -17,6 +17,9 @@ use super::{
     Batch, Collection, Database, Error, Family, Found, MetaRow, Reach, RowCache, Sorted, Storage, Usage, View, Write,
 };
 
+/// Some ten milliseconds of all that a replica can take.
+const RECENT_BYTES: usize = 1 << 20;
+
 /// RocksDB in folders, with memory bounds for all of a process's databases together.
 pub struct RocksStorage {
     cache: Cache,
@@ -128,6 +131,10 @@ impl Storage for RocksStorage {
 
     fn row_cache(&self) -> &Arc<RowCache> {
         &self.rows
+    }
+
+    fn recent_bytes(&self) -> usize {
+        RECENT_BYTES
     }
 }
 
