@@ -1,7 +1,7 @@
 //! What is compared with what, with the targets; and the rounds, in which subject and peer take turns.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
@@ -10,6 +10,7 @@ use crate::Bench;
 use crate::data::Data;
 use crate::db_bench::{self, DbBench};
 use crate::embedded::{self, Embedded};
+use crate::flame::Profile;
 use crate::load::Work;
 use crate::peers::Peer;
 use crate::process::{at_cost, cpu_of};
@@ -373,6 +374,21 @@ impl<'a> Servers<'a> {
         Ok(sample)
     }
 
+    /// Draws where the server's CPU time goes, if it is Vasto.
+    fn draw(&mut self, case: Case, into: &Path) -> anyhow::Result<()> {
+        if !matches!(case, Case::Native { .. } | Case::Gateway(_)) {
+            return Ok(());
+        }
+        let Some(pid) = self.prepare(case)? else { return Ok(()) };
+        self.quiet()?;
+        let profile = Profile::start(pid, &self.folder)?;
+        self.run(case)?;
+        let svg = into.join(format!("{}.svg", case.name().replace(|c: char| !c.is_ascii_alphanumeric(), "-")));
+        profile.draw(&case.name(), &svg, &self.folder)?;
+        self.bench.say(&format!("{} is drawn", svg.display()));
+        Ok(())
+    }
+
     fn run(&mut self, case: Case) -> anyhow::Result<Sample> {
         let seconds = self.bench.seconds;
         match case {
@@ -464,6 +480,10 @@ pub fn run(bench: &Bench, rows: &[Row]) -> anyhow::Result<(Vec<Ratio>, Vec<Measu
                 bench.say(&format!("round {}/{}: {}: {rate}/s", round + 1, bench.rounds, cases[at].name()));
                 samples[at].push(sample);
             }
+        }
+        if let Some(into) = &bench.flame {
+            std::fs::create_dir_all(into).with_context(|| format!("can't make {}", into.display()))?;
+            cases.iter().try_for_each(|case| servers.draw(*case, into).with_context(|| case.name()))?;
         }
         for row in rows {
             let of = |case: Case| cases.iter().position(|c| *c == case).map_or(&[][..], |at| &samples[at]);

@@ -1,5 +1,7 @@
 //! What an operation costs as there is more data, and as there are more shards on one machine. Vasto alone.
 
+use std::time::Duration;
+
 use crate::Bench;
 use crate::compare::{KEYS, VALUE};
 use crate::load::{Load, Work};
@@ -12,20 +14,22 @@ use crate::word;
 const CACHE: u64 = 64 << 20;
 /// Bytes of a value while data grows.
 const ROW: usize = 1000;
-/// Data in parts of the cache. 100 times the cache would be 6.4 GB, too much for a run of minutes.
-const TENTHS: [u64; 3] = [1, 10, 100];
+/// Data in parts of the cache. The last is 6.4 GB, too much for a look.
+const TENTHS: [u64; 4] = [1, 10, 100, 1000];
+/// How long compacting all of it may take.
+const COMPACTED_WITHIN: Duration = Duration::from_secs(600);
 const SHARDS: [u32; 4] = [1, 4, 16, 64];
 
 /// Measures both ways of growing. The first row of each kind of work is what the others are told relative to.
 pub fn run(bench: &Bench) -> anyhow::Result<Vec<Measured>> {
     let mut all: Vec<Measured> = Vec::new();
-    for tenths in TENTHS {
+    for tenths in &TENTHS[..if bench.quick { 3 } else { 4 }] {
         let keys = CACHE * tenths / 10 / (ROW as u64 + 16);
         let vasto = Vasto::start(&bench.folder, &format!("growth-{tenths}"), Setup::ONE)?;
         vasto.run(&vasto.load(Work::Fill, keys, ROW))?;
-        vasto.command(&["keyspace", "compact", crate::vasto::KEYSPACE], std::time::Duration::from_secs(300))?;
+        vasto.command(&["keyspace", "compact", crate::vasto::KEYSPACE], COMPACTED_WITHIN)?;
         for work in [Work::Get, Work::Put] {
-            let name = format!("data {:>4} × caches: {}", tenths as f64 / 10.0, word(&work));
+            let name = format!("data {:>4} × caches: {}", *tenths as f64 / 10.0, word(&work));
             let load = Load { seconds: bench.seconds, ..vasto.load(work, keys, ROW) };
             let samples = vasto.measure(&load, bench.few_rounds())?;
             push(bench, &mut all, name, samples, if work == Work::Get { "data get" } else { "data put" });

@@ -7,6 +7,7 @@ mod db_bench;
 mod embedded;
 mod etcd;
 mod files;
+mod flame;
 mod growth;
 mod load;
 mod peers;
@@ -67,6 +68,9 @@ struct Args {
     /// Rewrite docs/performance.md's generated part and docs/performance.svg.
     #[arg(long, conflicts_with = "only")]
     write: bool,
+    /// Draw a flame graph of Vasto's server at each of its comparisons into this folder (needs perf and inferno).
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["check", "write"])]
+    flame: Option<PathBuf>,
     /// Leave these peers out.
     #[arg(long, value_name = "PEERS", value_delimiter = ',')]
     without: Vec<Peer>,
@@ -113,6 +117,8 @@ pub struct Bench {
     rounds: u32,
     seconds: f64,
     quick: bool,
+    /// Where flame graphs go.
+    flame: Option<PathBuf>,
 }
 
 impl Bench {
@@ -173,7 +179,8 @@ fn bench(args: Args) -> anyhow::Result<bool> {
         (_, true) => (3, 1.0),
         _ => (args.rounds, args.seconds),
     };
-    let bench = Bench { folder: folder.path().to_owned(), rounds, seconds, quick: args.quick };
+    let bench =
+        Bench { folder: folder.path().to_owned(), rounds, seconds, quick: args.quick, flame: args.flame.clone() };
 
     let mut report = Report {
         machine: Machine::here(args.date.clone()),

@@ -125,7 +125,8 @@ impl Vasto {
     /// Runs a command of `vasto` against it.
     pub fn command(&self, args: &[&str], within: Duration) -> anyhow::Result<String> {
         let mut command = Command::new(binary()?);
-        command.args(["--operator", &self.operator, "--timeout", "60s"]).args(args);
+        let timeout = format!("{}s", within.as_secs());
+        command.args(["--operator", &self.operator, "--timeout", &timeout]).args(args);
         Ok(run("command", &self.folder, within, &mut command)?.0)
     }
 
