@@ -27,7 +27,8 @@ impl Profile {
     pub fn start(pid: u32, folder: &Path) -> anyhow::Result<Self> {
         let data = folder.join("perf.data");
         let mut command = Command::new("perf");
-        command.args(["record", "--freq", FREQUENCY, "--call-graph", STACK, "--pid", &pid.to_string(), "--output"]);
+        command.args(["record", "--no-buildid-cache", "--freq", FREQUENCY, "--call-graph", STACK]);
+        command.args(["--pid", &pid.to_string(), "--output"]);
         let perf = Process::start("perf", folder, command.arg(&data)).context("is perf (linux-perf) installed?")?;
         Ok(Self { perf, data })
     }
