@@ -5,10 +5,10 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use rocksdb::{
-    BlockBasedOptions, BottommostLevelCompaction, Cache, ColumnFamily, ColumnFamilyDescriptor, CompactOptions, DB,
-    DBCompressionType, DBPinnableSlice, DBRawIterator, DBRecoveryMode, DataBlockIndexType, Env, ErrorKind,
-    IngestExternalFileOptions, Options, ReadOptions, ReadTier, Snapshot, SstFileWriter, WriteBatch, WriteBufferManager,
-    WriteOptions, compaction_filter::Decision,
+    BlockBasedIndexType, BlockBasedOptions, BottommostLevelCompaction, Cache, ColumnFamily, ColumnFamilyDescriptor,
+    CompactOptions, DB, DBCompressionType, DBPinnableSlice, DBRawIterator, DBRecoveryMode, DataBlockIndexType, Env,
+    ErrorKind, IngestExternalFileOptions, Options, ReadOptions, ReadTier, Snapshot, SstFileWriter, WriteBatch,
+    WriteBufferManager, WriteOptions, compaction_filter::Decision,
 };
 use vasto_client::threads::a_little_behind;
 use vasto_client::v1::Disk;
@@ -45,6 +45,10 @@ impl RocksStorage {
         table.set_block_cache(&self.cache);
         table.set_cache_index_and_filter_blocks(true);
         table.set_pin_l0_filter_and_index_blocks_in_cache(true);
+        // In parts: else a read of more data than fits takes in the whole index of a file, and drives out as much.
+        table.set_index_type(BlockBasedIndexType::TwoLevelIndexSearch);
+        table.set_partition_filters(true);
+        table.set_pin_top_level_index_and_filter(true);
         table.set_format_version(5);
         if filter {
             // Keys are looked up one by one more often than walked through.
