@@ -26,6 +26,8 @@ use crate::writer::{Asked, PeerBatch};
 
 /// Lines of `changes` looked at in one step.
 const LINES: usize = 1_000;
+/// What is read from memory in one step, and so what a follower's writer takes in one go.
+const RECENT_BYTES: usize = 128 << 10;
 /// A message is sent when its records reach this many bytes.
 const MESSAGE_BYTES: usize = 1 << 20;
 /// A record longer than this travels in parts.
@@ -88,7 +90,7 @@ pub fn recent_page(
     seq: u64,
     last_seq: u64,
 ) -> Option<Page> {
-    let (latest, seq) = engine.recent(seq, last_seq, MESSAGE_BYTES)?;
+    let (latest, seq) = engine.recent(seq, last_seq, RECENT_BYTES)?;
     let mut page = Page { records: Vec::with_capacity(latest.len()), seq };
     for change in latest.into_iter().filter(|change| change.from != follower_origin) {
         page.add(topology, ids, change.key, change.record);

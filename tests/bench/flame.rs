@@ -34,7 +34,8 @@ impl Profile {
     }
 
     /// Ends it, and draws it as an SVG with this title.
-    pub fn draw(self, title: &str, svg: &Path, folder: &Path) -> anyhow::Result<()> {
+    pub fn draw(mut self, title: &str, svg: &Path, folder: &Path) -> anyhow::Result<()> {
+        self.perf.check()?;
         self.perf.stop();
         let shell = |script: &str| {
             let mut command = Command::new("bash");
@@ -42,7 +43,7 @@ impl Profile {
             run("draw", folder, DRAWN_WITHIN, &mut command)
         };
         shell(
-            "perf script --no-inline --input \"$1\" | inferno-collapse-perf | \
+            "timeout 280 perf script --no-inline --input \"$1\" | inferno-collapse-perf | \
              inferno-flamegraph --title \"$3\" --minwidth 0.2 >\"$2\"",
         )?;
         std::fs::remove_file(&self.data).with_context(|| format!("can't remove {}", self.data.display()))

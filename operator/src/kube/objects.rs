@@ -36,6 +36,8 @@ pub(crate) const TEMPLATE: &str = "vasto.io/template";
 pub(crate) const TERM: &str = "vasto.io/term";
 /// On a volume's claim: the uid of the keyspace whose store there is being taken away, and left nothing there.
 pub(crate) const SURPLUS: &str = "vasto.io/surplus";
+/// On a volume's claim: the uid of the keyspace that it was made for.
+pub(crate) const MADE_FOR: &str = "vasto.io/made-for";
 /// The reason under which a waiting template is shown.
 pub const RESTART_REASON: &str = "NewerTemplate";
 
@@ -307,7 +309,8 @@ fn stores(keyspace: &Keyspace, site: &Site, wanted: &Wanted, live: Option<&State
 /// A claim template as it was applied, without what the API server added.
 fn kept_claim(live: &PersistentVolumeClaim) -> PersistentVolumeClaim {
     let (meta, spec) = (&live.metadata, live.spec.clone().unwrap_or_default());
-    let metadata = ObjectMeta { name: meta.name.clone(), labels: meta.labels.clone(), ..ObjectMeta::default() };
+    let (name, labels, annotations) = (meta.name.clone(), meta.labels.clone(), meta.annotations.clone());
+    let metadata = ObjectMeta { name, labels, annotations, ..ObjectMeta::default() };
     let spec = PersistentVolumeClaimSpec {
         access_modes: spec.access_modes,
         resources: spec.resources,
@@ -324,6 +327,7 @@ fn claim(keyspace: &Keyspace) -> PersistentVolumeClaim {
         metadata: ObjectMeta {
             name: Some(CLAIM.to_owned()),
             labels: Some(labels(keyspace.name())),
+            annotations: Some(BTreeMap::from([(MADE_FOR.to_owned(), keyspace.uid().to_owned())])),
             ..ObjectMeta::default()
         },
         spec: Some(PersistentVolumeClaimSpec {

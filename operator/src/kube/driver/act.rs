@@ -3,7 +3,6 @@
 //! was decided on.
 
 use std::collections::BTreeMap;
-use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,11 +12,10 @@ use kube::{Resource, ResourceExt};
 use serde_json::{Value, json};
 use tokio::time::Instant;
 use vasto_client::v1::{Phase, Topology, View};
-use vasto_crds::Keyspace;
 
 use super::super::api::{Error, Object};
 use super::super::lease::Term;
-use super::super::objects::{self, Objects, SURPLUS, Wanted};
+use super::super::objects::{self, MADE_FOR, Objects, SURPLUS, Wanted, claim_name};
 use super::super::pods::{self, Roll};
 use super::super::volumes::{self, Reach};
 use super::Driver;
@@ -42,6 +40,16 @@ pub(crate) struct Acted {
     pub(crate) outdated: bool,
     /// The image of the stores.
     pub(crate) image: String,
+}
+
+impl Acted {
+    /// A surplus volume that may not be touched holds up nothing else; it is reported.
+    fn unless_refused(&mut self, store: &str, what: &str, done: Result<(), Error>) -> Result<(), Error> {
+        let Err(error @ Error::Refused { .. }) = done else { return done };
+        let message = format!("the volume of {store} is not needed any more and can't be {what}: {error}");
+        self.findings.push(Finding { reason: "VolumeNotDeleted", message, store: Some(store.to_owned()) });
+        Ok(())
+    }
 }
 
 impl Driver {
@@ -98,8 +106,9 @@ impl Driver {
         let changing = !resting || outcome.next.is_some();
         let live = cluster.stores.clone();
         let has = live.as_ref().and_then(|s| s.spec.replicas).map(i32::unsigned_abs);
-        let replicas = replicas(has, outcome, state.as_deref(), &keyspace, seen, cluster);
-        let going = replicas..has.unwrap_or(replicas);
+        let lost_after = keyspace.spec.store_lost_after.as_duration();
+        let surplus = Surplus { outcome, state: state.as_deref(), lost_after, seen, cluster };
+        let replicas = surplus.replicas(has);
         let term_number = changing.then_some(term.number);
         let wanted = Wanted { replicas, image: acted.image.clone(), term: term_number };
         acted.outdated =
@@ -107,7 +116,8 @@ impl Driver {
         let Objects { account, headless, client, budget, stores } =
             objects::objects(&keyspace, &self.site, &wanted, live.as_deref());
         let Some(caches) = self.caches.get() else { return Ok(()) };
-        self.condemn(entry, cluster, replicas, going).await?;
+        self.keep(entry, cluster, has.unwrap_or(0), replicas).await?;
+        self.condemn(entry, &surplus, replicas, acted).await?;
         let written = self.put_live(entry, live.as_deref(), stores).await;
         if let Ok(Some(written)) = &written {
             entry.stores = Some(Arc::new(written.clone()));
@@ -124,7 +134,7 @@ impl Driver {
         written?;
         others.into_iter().collect::<Result<(), Error>>()?;
         self.enlarge(entry, cluster, acted).await?;
-        self.clear(entry, cluster, replicas).await?;
+        self.clear(entry, cluster, replicas, acted).await?;
         self.let_go(entry, seen, cluster).await?;
         self.roll(entry, cluster, acted).await
     }
@@ -173,33 +183,60 @@ impl Driver {
         }
     }
 
-    /// Marks the volumes of pods that are about to go, and unmarks those of pods that are to stay or to come: before
-    /// the StatefulSet says so, so that whoever leads next knows what was decided, and a late deletion is refused.
-    async fn condemn(&self, entry: &Entry, cluster: &Cluster, replicas: u32, going: Range<u32>) -> Result<(), Error> {
+    /// Takes the marks off volumes of pods that are to stay, or to come: before the StatefulSet says so, so that a deletion
+    /// that was decided before is refused.
+    async fn keep(&self, entry: &Entry, cluster: &Cluster, has: u32, replicas: u32) -> Result<(), Error> {
         let uid = entry.resource.uid();
-        for (store, claim) in &cluster.claims {
-            let Some(ordinal) = ordinal(store) else { continue };
-            let marked = surplus_of(claim) == Some(uid);
-            let value = if going.contains(&ordinal) && !marked {
-                Value::String(uid.to_owned())
-            } else if ordinal < replicas && marked {
-                Value::Null
-            } else {
-                continue;
-            };
-            self.writer.merge(&**claim, json!({"metadata": {"annotations": {SURPLUS: value}}})).await?;
+        let off = json!({"metadata": {"annotations": {SURPLUS: null}}});
+        let kept = |store: &str| ordinal(store).is_some_and(|n| n < has.min(replicas));
+        let here = cluster.claims.iter().filter(|(store, _)| kept(store));
+        for (_, claim) in here.filter(|(_, claim)| annotation(claim, SURPLUS) == Some(uid)) {
+            self.writer.merge(&**claim, off.clone()).await?;
+        }
+        // Of those to come the cache may not have seen a mark yet, which a leader before this one has set.
+        for n in has..replicas {
+            let name = claim_name(entry.resource.name(), &store_name(n));
+            let namespace = entry.resource.namespace().unwrap_or_default();
+            let claim = self.writer.get::<PersistentVolumeClaim>(&namespace, &name).await?;
+            if let Some(claim) = claim.filter(|claim| annotation(claim, SURPLUS) == Some(uid)) {
+                self.writer.merge(&claim, off.clone()).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Marks the volumes of pods that are about to go, or have gone: before the StatefulSet says so, so that whoever leads
+    /// next knows what was decided.
+    async fn condemn(
+        &self,
+        entry: &Entry,
+        surplus: &Surplus<'_>,
+        replicas: u32,
+        acted: &mut Acted,
+    ) -> Result<(), Error> {
+        let uid = entry.resource.uid();
+        for (store, claim) in &surplus.cluster.claims {
+            let marked = annotation(claim, SURPLUS) == Some(uid);
+            // A leader before this one may have let the pod go; what was made for another keyspace nobody has looked at.
+            let left = !surplus.cluster.pods.contains_key(store) && annotation(claim, MADE_FOR) == Some(uid);
+            let may_go = surplus.may_go(store) || left && surplus.is_needless(store);
+            if ordinal(store).is_some_and(|n| n >= replicas) && may_go && !marked {
+                let mark = json!({"metadata": {"annotations": {SURPLUS: uid}}});
+                let marked = self.writer.merge(&**claim, mark).await;
+                acted.unless_refused(store, "marked as surplus", marked.map(drop))?;
+            }
         }
         Ok(())
     }
 
     /// Deletes the volumes that are marked, once their pods are gone. The StatefulSet's own `whenScaled` would only
     /// do it for pods that it finds, and takes it back where the size changes again meanwhile.
-    async fn clear(&self, entry: &Entry, cluster: &Cluster, replicas: u32) -> Result<(), Error> {
+    async fn clear(&self, entry: &Entry, cluster: &Cluster, replicas: u32, acted: &mut Acted) -> Result<(), Error> {
         for (store, claim) in &cluster.claims {
             let surplus = ordinal(store).is_some_and(|n| n >= replicas) && !cluster.pods.contains_key(store);
-            let marked = surplus_of(claim) == Some(entry.resource.uid());
+            let marked = annotation(claim, SURPLUS) == Some(entry.resource.uid());
             if surplus && marked && claim.metadata.deletion_timestamp.is_none() {
-                self.writer.delete(&**claim).await?;
+                acted.unless_refused(store, "deleted", self.writer.delete(&**claim).await)?;
             }
         }
         Ok(())
@@ -347,45 +384,51 @@ fn found(entry: &Entry, seen: &BTreeMap<String, Seen>, cluster: &Cluster) -> Vec
     all
 }
 
-/// How many pods there are to be, and whether the volumes of those beyond go with them. A pod goes only
-/// when its store itself reports that it holds nothing, or can never report anything.
-fn replicas(
-    live: Option<u32>,
-    outcome: &Outcome,
-    state: Option<&Topology>,
-    keyspace: &Keyspace,
-    seen: &BTreeMap<String, Seen>,
-    cluster: &Cluster,
-) -> u32 {
-    let target = outcome.stores_wanted.iter().filter_map(|s| ordinal(s)).max().map_or(0, |n| n + 1);
-    let lost_after = keyspace.spec.store_lost_after.as_duration();
-    let named: Vec<&str> = state.map(Topology::stores).unwrap_or_default();
-    let may_go = |store: &str| {
-        let claim = || cluster.claims.get(store).is_some_and(|c| volumes::bound(c));
-        state.is_some()
-            && !named.contains(&store)
-            && !outcome.stores_wanted.contains(store)
-            && match seen.get(store) {
+/// What is known of stores that are too many.
+struct Surplus<'a> {
+    outcome: &'a Outcome,
+    state: Option<&'a Topology>,
+    lost_after: Duration,
+    seen: &'a BTreeMap<String, Seen>,
+    cluster: &'a Cluster,
+}
+
+impl Surplus<'_> {
+    /// How many pods there are to be.
+    fn replicas(&self, live: Option<u32>) -> u32 {
+        let target = self.outcome.stores_wanted.iter().filter_map(|s| ordinal(s)).max().map_or(0, |n| n + 1);
+        // Where the StatefulSet is not seen, what stores report is.
+        let reporting = self.seen.keys().filter_map(|s| ordinal(s)).max().map_or(0, |n| n + 1);
+        let mut wanted = live.unwrap_or(target.max(reporting)).max(target);
+        while wanted > target && self.may_go(&store_name(wanted - 1)) {
+            wanted -= 1;
+        }
+        wanted
+    }
+
+    /// Whether nothing names this store, and nothing is to.
+    fn is_needless(&self, store: &str) -> bool {
+        let named = |state: &Topology| state.stores().contains(&store);
+        self.state.is_some_and(|state| !named(state)) && !self.outcome.stores_wanted.contains(store)
+    }
+
+    /// A pod goes, and its volume, only when its store itself reports that it holds nothing, or can never report
+    /// anything.
+    fn may_go(&self, store: &str) -> bool {
+        let claim = || self.cluster.claims.get(store).is_some_and(|c| volumes::bound(c));
+        self.is_needless(store)
+            && match self.seen.get(store) {
                 Some(s) if s.living => is_empty(s) && s.foreign.is_empty(),
                 // It was given up, and that was written down; or its volume is gone.
-                Some(s) => s.silent > lost_after || cluster.is_gone(store),
+                Some(s) => s.silent > self.lost_after || self.cluster.is_gone(store),
                 // Never heard: it has nothing if it never had a volume.
                 None => !claim(),
             }
-    };
-    // Where the StatefulSet is not seen, what stores report is.
-    let reporting = seen.keys().filter_map(|s| ordinal(s)).max().map_or(0, |n| n + 1);
-    let live = live.unwrap_or(target.max(reporting));
-    let mut wanted = live.max(target);
-    while wanted > target && may_go(&store_name(wanted - 1)) {
-        wanted -= 1;
     }
-    wanted
 }
 
-/// The uid of the keyspace that has decided to let this volume go.
-fn surplus_of(claim: &PersistentVolumeClaim) -> Option<&str> {
-    claim.annotations().get(SURPLUS).map(String::as_str)
+fn annotation<'a>(claim: &'a PersistentVolumeClaim, name: &str) -> Option<&'a str> {
+    claim.annotations().get(name).map(String::as_str)
 }
 
 /// Whether a store reports that it holds no replica of anything.
