@@ -259,13 +259,8 @@ impl Batch {
             let (key, row) = (begin..*middle, *middle..*end);
             begin = *end;
             let Kind::Record(from) = kind else { return None };
-            let (seq, _) = split_row(&bytes[row.clone()])?;
-            Some(Latest {
-                seq,
-                from: *from,
-                key: bytes.slice(key),
-                record: bytes.slice(row.start + size_of::<u64>()..row.end),
-            })
+            let (seq, record) = split_row(&bytes[row])?;
+            Some(Latest { seq, from: *from, key: bytes.slice(key), record: bytes.slice_ref(record) })
         });
         latest.collect()
     }

@@ -37,15 +37,11 @@ impl Profile {
     pub fn draw(mut self, title: &str, svg: &Path, folder: &Path) -> anyhow::Result<()> {
         self.perf.check()?;
         self.perf.stop();
-        let shell = |script: &str| {
-            let mut command = Command::new("bash");
-            command.args(["-o", "pipefail", "-c", script, "flame"]).arg(&self.data).arg(svg).arg(title);
-            run("draw", folder, DRAWN_WITHIN, &mut command)
-        };
-        shell(
-            "timeout 280 perf script --no-inline --input \"$1\" | inferno-collapse-perf | \
-             inferno-flamegraph --title \"$3\" --minwidth 0.2 >\"$2\"",
-        )?;
+        let script = "timeout 280 perf script --no-inline --input \"$1\" | inferno-collapse-perf | \
+                      inferno-flamegraph --title \"$3\" --minwidth 0.2 >\"$2\"";
+        let mut command = Command::new("bash");
+        command.args(["-o", "pipefail", "-c", script, "flame"]).arg(&self.data).arg(svg).arg(title);
+        run("draw", folder, DRAWN_WITHIN, &mut command)?;
         std::fs::remove_file(&self.data).with_context(|| format!("can't remove {}", self.data.display()))
     }
 }

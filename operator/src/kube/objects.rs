@@ -289,7 +289,7 @@ fn stores(keyspace: &Keyspace, site: &Site, wanted: &Wanted, live: Option<&State
             persistent_volume_claim_retention_policy: Some(StatefulSetPersistentVolumeClaimRetentionPolicy {
                 when_deleted: Some(policy(spec.deletion_policy == DeletionPolicy::Delete)),
                 // A hand on the StatefulSet's replicas must not cost a volume; the driver takes those away itself.
-                when_scaled: Some(policy(false)),
+                when_scaled: Some("Retain".to_owned()),
             }),
             revision_history_limit: Some(3),
             selector: LabelSelector { match_labels: Some(selector(keyspace.name())), ..LabelSelector::default() },

@@ -190,15 +190,15 @@ impl Driver {
         let off = json!({"metadata": {"annotations": {SURPLUS: null}}});
         let kept = |store: &str| ordinal(store).is_some_and(|n| n < has.min(replicas));
         let here = cluster.claims.iter().filter(|(store, _)| kept(store));
-        for (_, claim) in here.filter(|(_, claim)| annotation(claim, SURPLUS) == Some(uid)) {
+        for (_, claim) in here.filter(|(_, claim)| names(claim, SURPLUS, uid)) {
             self.writer.merge(&**claim, off.clone()).await?;
         }
         // Of those to come the cache may not have seen a mark yet, which a leader before this one has set.
+        let namespace = entry.resource.namespace().unwrap_or_default();
         for n in has..replicas {
             let name = claim_name(entry.resource.name(), &store_name(n));
-            let namespace = entry.resource.namespace().unwrap_or_default();
             let claim = self.writer.get::<PersistentVolumeClaim>(&namespace, &name).await?;
-            if let Some(claim) = claim.filter(|claim| annotation(claim, SURPLUS) == Some(uid)) {
+            if let Some(claim) = claim.filter(|claim| names(claim, SURPLUS, uid)) {
                 self.writer.merge(&claim, off.clone()).await?;
             }
         }
@@ -216,9 +216,9 @@ impl Driver {
     ) -> Result<(), Error> {
         let uid = entry.resource.uid();
         for (store, claim) in &surplus.cluster.claims {
-            let marked = annotation(claim, SURPLUS) == Some(uid);
+            let marked = names(claim, SURPLUS, uid);
             // A leader before this one may have let the pod go; what was made for another keyspace nobody has looked at.
-            let left = !surplus.cluster.pods.contains_key(store) && annotation(claim, MADE_FOR) == Some(uid);
+            let left = !surplus.cluster.pods.contains_key(store) && names(claim, MADE_FOR, uid);
             let may_go = surplus.may_go(store) || left && surplus.is_needless(store);
             if ordinal(store).is_some_and(|n| n >= replicas) && may_go && !marked {
                 let mark = json!({"metadata": {"annotations": {SURPLUS: uid}}});
@@ -234,7 +234,7 @@ impl Driver {
     async fn clear(&self, entry: &Entry, cluster: &Cluster, replicas: u32, acted: &mut Acted) -> Result<(), Error> {
         for (store, claim) in &cluster.claims {
             let surplus = ordinal(store).is_some_and(|n| n >= replicas) && !cluster.pods.contains_key(store);
-            let marked = annotation(claim, SURPLUS) == Some(entry.resource.uid());
+            let marked = names(claim, SURPLUS, entry.resource.uid());
             if surplus && marked && claim.metadata.deletion_timestamp.is_none() {
                 acted.unless_refused(store, "deleted", self.writer.delete(&**claim).await)?;
             }
@@ -427,8 +427,9 @@ impl Surplus<'_> {
     }
 }
 
-fn annotation<'a>(claim: &'a PersistentVolumeClaim, name: &str) -> Option<&'a str> {
-    claim.annotations().get(name).map(String::as_str)
+/// Whether this annotation of a claim names the keyspace with this uid.
+fn names(claim: &PersistentVolumeClaim, annotation: &str, uid: &str) -> bool {
+    claim.annotations().get(annotation).is_some_and(|named| named == uid)
 }
 
 /// Whether a store reports that it holds no replica of anything.
