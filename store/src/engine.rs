@@ -340,6 +340,10 @@ pub trait Database: View + Send + Sync {
     /// Writes all of the batch or nothing; `sync`: and all that was written so far is on the disk when it returns.
     fn write(&self, batch: &Batch, sync: bool) -> Result<(), Error>;
 
+    /// As `write`, not synced, unless the database would have it wait until the background has caught up: false, and
+    /// nothing is written.
+    fn try_write(&self, batch: &Batch) -> Result<bool, Error>;
+
     /// What was written before this is on the disk when it returns.
     fn sync(&self) -> Result<(), Error>;
 
@@ -426,12 +430,28 @@ impl Engine {
     pub fn write(&self, batch: &Batch, sync: bool) -> Result<(), Error> {
         let latest = self.recent.wants(batch.size()).then(|| batch.latest());
         let written = self.db.write(batch, sync);
+        self.wrote(batch, latest, written.is_ok());
+        written
+    }
+
+    /// As `write`, not synced, unless it would have to wait for the background: false, and nothing is written.
+    pub fn try_write(&self, batch: &Batch) -> Result<bool, Error> {
+        let latest = self.recent.wants(batch.size()).then(|| batch.latest());
+        let written = self.db.try_write(batch);
+        if !matches!(written, Ok(false)) {
+            self.wrote(batch, latest, written.is_ok());
+        }
+        written
+    }
+
+    /// Tells memory of a batch that was written, or failed to be.
+    fn wrote(&self, batch: &Batch, latest: Option<Vec<Latest>>, done: bool) {
         let mut deleted = false;
         for write in batch.writes() {
             match write {
                 // What a failed write has left is for a read to find out.
                 Write::Put(Family::Records, key, row) => {
-                    self.cache.wrote(self.number, key, split_row(row).filter(|_| written.is_ok()));
+                    self.cache.wrote(self.number, key, split_row(row).filter(|_| done));
                 }
                 Write::Delete(Family::Records, key) => {
                     deleted = true;
@@ -440,11 +460,10 @@ impl Engine {
                 _ => {}
             }
         }
-        match latest.filter(|_| written.is_ok() && !deleted) {
+        match latest.filter(|_| done && !deleted) {
             Some(latest) => self.recent.wrote(latest),
             None => self.recent.lost(),
         }
-        written
     }
 
     /// From now on the last changes are kept in memory, until this is dropped.

@@ -17,12 +17,16 @@ use crate::engine::{self, Batch, Engine, Storage};
 use crate::merge::Limits;
 use crate::meta::{self, Fence};
 use crate::metrics::Counts;
-use crate::writer::{Asked, Command, LocalWrite, PeerBatch, Refused, Start, Taken, Writer};
+use crate::writer::{Asked, Command, LocalWrite, PeerBatch, Queued, Refused, Start, Taken, Turn, Writer};
 
 /// Commands that may wait for a writer.
 const QUEUE: usize = 1024;
 /// KiB of clients' writes that may wait for a writer.
 const ROOM_KIB: usize = 64 << 10;
+/// Clients' writes of up to so many bytes together are done on their own thread, where that waits for nobody.
+const AT_ONCE_BYTES: usize = 4 << 10;
+
+const STOPPED: &str = "the writer stopped before it answered";
 
 /// What went wrong with a replica's folder.
 #[derive(Debug, thiserror::Error)]
@@ -142,6 +146,8 @@ pub struct Progress {
     /// The disk is full.
     pub full: AtomicBool,
     synced_writes: AtomicBool,
+    /// The log is being synced: who writes meanwhile may have to wait.
+    syncing: AtomicBool,
     fault: OnceLock<String>,
     /// Cancelled once there is a fault.
     faulted: CancellationToken,
@@ -429,7 +435,8 @@ pub struct Replica {
     /// Held while it is compared with its peers: one round at a time.
     pub repair_turn: tokio::sync::Mutex<()>,
     settings: Mutex<Settings>,
-    commands: mpsc::Sender<Command>,
+    turn: Arc<Turn>,
+    commands: mpsc::Sender<Queued>,
     room: Arc<Semaphore>,
 }
 
@@ -537,6 +544,7 @@ impl Replica {
             served: AtomicBool::new(found.served),
             full: AtomicBool::new(false),
             synced_writes: AtomicBool::new(settings.synced),
+            syncing: AtomicBool::new(false),
             fault: OnceLock::new(),
             faulted: CancellationToken::new(),
             compared_ms: AtomicU64::new(0),
@@ -556,11 +564,13 @@ impl Replica {
             disk_free: Box::new(crate::dir::disk_watch(dir.to_owned(), context.storage.clone(), context.env.clone())),
         });
         let (commands, queue) = mpsc::channel(QUEUE);
+        let turn = Arc::new(Turn::new(writer));
+        let theirs = turn.clone();
         if context.env.is_on_one_thread() {
-            tokio::spawn(writer.run_inline(queue));
+            tokio::spawn(async move { theirs.run_inline(queue).await });
         } else {
             let thread = std::thread::Builder::new().name(format!("writer-{shard}"));
-            thread.spawn(move || writer.run(queue)).map_err(io)?;
+            thread.spawn(move || theirs.run(queue)).map_err(io)?;
         }
         Ok(Arc::new(Self {
             id,
@@ -572,6 +582,7 @@ impl Replica {
             snapshot_turn: tokio::sync::Mutex::new(()),
             repair_turn: tokio::sync::Mutex::new(()),
             settings: Mutex::new(settings),
+            turn,
             commands,
             room: Arc::new(Semaphore::new(ROOM_KIB)),
         }))
@@ -588,7 +599,8 @@ impl Replica {
         *self.settings.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = settings;
     }
 
-    /// Queues clients' writes; refused at once when the queue is full.
+    /// Does clients' writes: a few small ones here, if nobody is before them and nothing has to be waited for; the rest by
+    /// the writer's queue, and refused at once when that is full.
     pub async fn write(&self, writes: Vec<LocalWrite>) -> Vec<Result<Taken, Refused>> {
         let count = writes.len();
         let bytes: usize = writes.iter().map(|w| w.key.len() + w.op.size()).sum();
@@ -601,8 +613,22 @@ impl Replica {
             );
         };
         let (reply, answer) = oneshot::channel();
-        match self.commands.try_send(Command::Local(writes, reply, room)) {
+        let at_once = bytes <= AT_ONCE_BYTES
+            && !self.progress.synced_writes()
+            && !self.progress.syncing.load(Ordering::Relaxed)
+            && writes.iter().all(LocalWrite::is_blind);
+        let mut command = Command::Local(writes, reply, room);
+        if at_once {
+            match self.turn.try_take(command) {
+                Ok(true) => return answer.await.unwrap_or_else(|_| refused(FailureCode::Internal, STOPPED)),
+                Ok(false) => command = Command::Held,
+                Err(theirs) => command = theirs,
+            }
+        }
+        match self.commands.try_send(self.turn.queued(command)) {
             Ok(()) => {}
+            // Its writer is at work anyway.
+            Err(mpsc::error::TrySendError::Full(Queued { command: Command::Held, .. })) => {}
             Err(mpsc::error::TrySendError::Full(_)) => {
                 return refused(
                     FailureCode::ResourceExhausted,
@@ -613,12 +639,12 @@ impl Replica {
                 return refused(FailureCode::NotReady, "the replica is stopping");
             }
         }
-        answer.await.unwrap_or_else(|_| refused(FailureCode::Internal, "the writer stopped before it answered"))
+        answer.await.unwrap_or_else(|_| refused(FailureCode::Internal, STOPPED))
     }
 
     async fn ask<T>(&self, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> Option<T> {
         let (reply, answer) = oneshot::channel();
-        self.commands.send(command(reply)).await.ok()?;
+        self.commands.send(self.turn.queued(command(reply))).await.ok()?;
         answer.await.ok()
     }
 
@@ -648,7 +674,7 @@ impl Replica {
 
     /// Notes that the foreign keys of this change are gone.
     pub async fn cleaned(&self, version: u64) {
-        let _ = self.commands.send(Command::Cleaned(version)).await;
+        let _ = self.commands.send(self.turn.queued(Command::Cleaned(version))).await;
     }
 
     /// Lets tombstones up to this stamp time be collected, from when this returns on.
@@ -658,7 +684,7 @@ impl Replica {
 
     /// Drops lines of `changes` that nobody needs.
     pub async fn trim(&self, seq: u64) {
-        let _ = self.commands.send(Command::Trim(seq)).await;
+        let _ = self.commands.send(self.turn.queued(Command::Trim(seq))).await;
     }
 
     /// Syncs what was written since the last time. Blocks.
@@ -678,7 +704,9 @@ impl Replica {
     /// sync: what the disk then holds is unknown. Blocks.
     pub fn sync_engine(&self) -> Result<(), engine::Error> {
         let ceilings = self.progress.ceilings_written();
+        self.progress.syncing.store(true, Ordering::Relaxed);
         let synced = self.engine.sync().inspect(|()| self.progress.set_ceilings_synced(ceilings));
+        self.progress.syncing.store(false, Ordering::Relaxed);
         synced.inspect_err(|error| {
             tracing::error!(replica = self.id, %error, "a sync failed; the replica takes no more writes");
             self.progress.poison(error.to_string());

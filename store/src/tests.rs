@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
+use futures::FutureExt;
 use tokio::sync::Notify;
 use vasto_client::env::Env;
 use vasto_client::hash::{jump_hash, partition_hash};
@@ -281,6 +282,66 @@ async fn a_ceiling_that_was_written_ahead_counts_once_it_is_synced() {
     assert_eq!(put_at(4_800).await, (2, 0), "up to 7,800");
     replica.sync();
     assert_eq!(put_at(6_400).await, (3, 2), "that counts, and the next is written");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_small_put_waits_for_no_other_thread() {
+    let dir = tempfile::tempdir().unwrap();
+    let replica = open(dir.path(), &stable(1, &[&[ME]]));
+    // The first needs a synced ceiling; any other may meet the thread, which has just done the one before.
+    put(&replica, "key").await.unwrap();
+    let text = |len| Content::Bytes(vec![7; len].into());
+    assert_ne!(at_once(&replica, || set("key", text(100))).await, 0);
+    // Not a large one, nor one that reads.
+    assert_ne!(at_once(&replica, || set("key", text(64 << 10))).await, TIMES);
+    assert_ne!(at_once(&replica, || LocalWrite { returning: Returning::Before, ..set("key", text(100)) }).await, TIMES);
+}
+
+const TIMES: usize = 100;
+
+/// How many of so many writes, one after the other, are done as soon as they are asked for.
+async fn at_once(replica: &Replica, write: impl Fn() -> LocalWrite) -> usize {
+    let mut count = 0;
+    for _ in 0..TIMES {
+        let mut written = std::pin::pin!(replica.write(vec![write()]));
+        match (&mut written).now_or_never() {
+            Some(_) => count += 1,
+            None => drop(written.await),
+        }
+    }
+    count
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn writes_take_effect_in_the_order_in_which_they_came_whoever_does_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let topology = stable(1, &[&[ME]]);
+    let replica = open(dir.path(), &topology);
+    for round in 0..200 {
+        // A large write goes to the writer's thread, and so does a small one that needs a ceiling; a small one may be
+        // done right here.
+        let len = if round % 2 == 0 { 16 << 10 } else { 16 };
+        if round % 20 == 1 {
+            replica.progress.pass(time_of(Env::real().now_ms() + 10_000 * (round + 1)));
+        }
+        let first = replica.write(vec![set("key", Content::Bytes(vec![1; len].into()))]);
+        let mut first = std::pin::pin!(first);
+        let early = (&mut first).now_or_never();
+        let last = replica.write(vec![set("key", Content::Bytes(vec![2; 16].into()))]).await.pop().unwrap().unwrap();
+        let first = match early {
+            Some(done) => done,
+            None => first.await,
+        };
+        assert!(first[0].as_ref().unwrap().stamp < last.stamp);
+        let row = replica.engine.row(b"key").unwrap().unwrap();
+        let stored = Record::decode(row.record).unwrap();
+        assert_eq!(stored.greatest_stamp(), last.stamp);
+        assert_eq!(row.seq, replica.progress.last_seq());
+    }
+    // None was given out under a ceiling that was not synced.
+    let last = replica.progress.clock();
+    let again = crashed(dir.path());
+    assert!(put(&open(again.path(), &topology), "next").await.unwrap().time > last);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,10 +1,11 @@
 //! The one writer of a replica: a loop that drains a queue, stamps and joins
 //! all that waits into one batch, writes it, and answers. Everything that
-//! changes a replica's rows passes here, so that the order is one.
+//! changes a replica's rows passes here, so that the order is one. Who finds nobody there, and has nothing to wait for,
+//! takes the loop's turn: two threads need not be woken for a small put.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
@@ -27,6 +28,10 @@ const BATCH_BYTES: usize = 16 << 10;
 const SYNCED_BATCH_BYTES: usize = 4 << 20;
 /// A batch that had more keys does not keep its memory for the next one.
 const KEPT_KEYS: usize = 8 << 10;
+/// A caller's own write took so long, in ms: the disk holds up who writes.
+const SLOW_MS: u64 = 5;
+/// So long, in ms, only the thread writes then.
+const SLOW_FOR_MS: u64 = 100;
 /// Seqs reserved ahead with one sync.
 const SEQ_STEP: u64 = 1 << 20;
 
@@ -45,6 +50,14 @@ pub struct LocalWrite {
     pub returning: Returning,
     /// Of that without its bytes.
     pub head: bool,
+}
+
+impl LocalWrite {
+    /// It is done without a look at the row: a put with the store's own clock is newer than all that its replica has
+    /// seen. The partition check wants a look.
+    pub fn is_blind(&self) -> bool {
+        self.op.is_blind() && !self.named_partition && self.returning != Returning::Before
+    }
 }
 
 /// A write that was done.
@@ -122,6 +135,8 @@ pub enum Command {
     Trim(u64),
     /// From here on clients' writes are refused, since the store is stopping; peers' go on.
     Refuse(oneshot::Sender<()>),
+    /// A batch has been held back.
+    Held,
     /// A clean stop.
     Stop(oneshot::Sender<()>),
 }
@@ -144,6 +159,8 @@ pub struct Writer {
     /// The memory of the last batch, for the next one.
     batch: Batch,
     overlay: Overlay,
+    /// What has to wait, for the disk or the background, and was not made by who may. It goes before all else.
+    held: Option<(Batch, Box<Pending>)>,
     limits: Limits,
     positions: BTreeMap<u64, Position>,
     served: bool,
@@ -224,6 +241,7 @@ impl Writer {
             topology,
             batch: Batch::default(),
             overlay: Overlay::default(),
+            held: None,
             limits,
             positions: positions.into_iter().map(|p| (p.replica, p)).collect(),
             served,
@@ -234,48 +252,15 @@ impl Writer {
         }
     }
 
-    /// Runs until the queue closes or a `Stop`: the thread of a replica.
-    pub fn run(mut self, mut queue: mpsc::Receiver<Command>) {
-        let mut waiting = Vec::new();
-        while let Some(first) = queue.blocking_recv() {
-            drain(first, &mut queue, &mut waiting);
-            if let Some(stopped) = self.take(&mut waiting) {
-                return self.end(queue, stopped);
-            }
-        }
-        self.stop();
-    }
-
-    /// The same as a task, where there is but one thread.
-    pub async fn run_inline(mut self, mut queue: mpsc::Receiver<Command>) {
-        let mut waiting = Vec::new();
-        while let Some(first) = queue.recv().await {
-            self.env.pace().await;
-            drain(first, &mut queue, &mut waiting);
-            if let Some(stopped) = self.take(&mut waiting) {
-                return self.end(queue, stopped);
-            }
-        }
-        self.stop();
-    }
-
-    fn end(mut self, queue: mpsc::Receiver<Command>, stopped: oneshot::Sender<()>) {
-        self.stop();
-        drop(queue);
-        // Closed before the answer: the folder may be opened again at once.
-        drop(self);
-        let _ = stopped.send(());
-    }
-
     /// Takes all commands, in as many batches as their size asks for.
     pub fn take(&mut self, commands: &mut Vec<Command>) -> Option<oneshot::Sender<()>> {
         let mut stop = None;
+        if let Some((mut batch, pending)) = self.held.take() {
+            self.commit(&mut batch, *pending);
+        }
         let mut commands = commands.drain(..).peekable();
         while commands.peek().is_some() {
-            self.full = !(self.disk_free)();
-            self.progress.full.store(self.full, Ordering::Relaxed);
-            let (mut batch, mut overlay) = (std::mem::take(&mut self.batch), std::mem::take(&mut self.overlay));
-            let mut pending = Pending::default();
+            let (mut batch, mut overlay, mut pending) = self.begin();
             let enough = if self.progress.synced_writes() { SYNCED_BATCH_BYTES } else { BATCH_BYTES };
             while batch.size() < enough {
                 match commands.next() {
@@ -285,12 +270,31 @@ impl Writer {
                 }
             }
             self.commit(&mut batch, pending);
-            batch.clear();
-            overlay.clear();
-            overlay.shrink_to(KEPT_KEYS);
-            (self.batch, self.overlay) = (batch, overlay);
+            self.keep(batch, overlay);
         }
         stop
+    }
+
+    /// Takes a command where nothing may wait. False: its batch is held back.
+    fn take_at_once(&mut self, command: Command) -> bool {
+        let (mut batch, mut overlay, mut pending) = self.begin();
+        self.add(command, &mut batch, &mut overlay, &mut pending);
+        self.held = self.try_commit(&mut batch, pending).err().map(|pending| (std::mem::take(&mut batch), pending));
+        self.keep(batch, overlay);
+        self.held.is_none()
+    }
+
+    fn begin(&mut self) -> (Batch, Overlay, Pending) {
+        self.full = !(self.disk_free)();
+        self.progress.full.store(self.full, Ordering::Relaxed);
+        (std::mem::take(&mut self.batch), std::mem::take(&mut self.overlay), Pending::default())
+    }
+
+    fn keep(&mut self, mut batch: Batch, mut overlay: Overlay) {
+        batch.clear();
+        overlay.clear();
+        overlay.shrink_to(KEPT_KEYS);
+        (self.batch, self.overlay) = (batch, overlay);
     }
 
     fn add(&mut self, command: Command, batch: &mut Batch, overlay: &mut Overlay, pending: &mut Pending) {
@@ -341,7 +345,7 @@ impl Writer {
                 pending.fences.push(done);
             }
             // Handled by the caller.
-            Command::Stop(_) => {}
+            Command::Stop(_) | Command::Held => {}
         }
     }
 
@@ -441,10 +445,7 @@ impl Writer {
             let message = "the session's last stamp is too far ahead of this store's clock".to_string();
             return Err(Refused::new(FailureCode::NotReady, message));
         }
-        // A put with the store's own clock is newer than all that this replica
-        // has seen, so it needs no read; the partition check wants one.
-        let blind = write.op.is_blind() && !write.named_partition && write.returning != Returning::Before;
-        let existing = if blind { None } else { self.existing(&write.key, overlay)? };
+        let existing = if write.is_blind() { None } else { self.existing(&write.key, overlay)? };
         let before = existing.unwrap_or_else(|| Record::unwritten(write.op.partition_hash));
         let clock = &mut self.clock;
         let context = merge::Context { origin: clock.origin(), after: write.after, now_ms: now, limits: &self.limits };
@@ -542,50 +543,96 @@ impl Writer {
 
     fn commit(&mut self, batch: &mut Batch, pending: Pending) {
         if batch.is_empty() && !pending.sync {
-            self.answer(pending, Ok(()));
-            return;
+            return self.answer(pending, Ok(()));
         }
-        // Ceilings are synced before anything under them is: those that were written ahead by now, as a rule; else with
-        // the same sync where there is one.
-        if let Some(ceilings) = self.ahead.take_if(|ceilings| self.progress.ceilings_synced() >= ceilings.number) {
-            self.adopt(ceilings);
-        }
+        self.adopt_what_is_synced();
         let now_ms = self.env.now_ms();
-        let clock_ceiling = self.clock.needs_ceiling(now_ms);
-        let mut sync = pending.sync;
-        let mut written = None;
-        if clock_ceiling.is_some() || self.seq > self.seq_ceiling {
-            // They take the place of those.
+        let (mut sync, mut written) = (pending.sync, None);
+        if self.is_below_ceilings(now_ms) {
+            written = self.write_ahead(batch, now_ms);
+        } else {
+            // They take the place of those ahead.
             self.ahead = None;
             if self.seq > self.seq_ceiling {
                 self.seq_ceiling = self.seq + SEQ_STEP;
             }
-            if let Some(ceiling) = clock_ceiling {
+            if let Some(ceiling) = self.clock.needs_ceiling(now_ms) {
                 self.clock.set_ceiling(ceiling);
             }
             batch.put_ceilings(self.clock.ceiling(), self.seq_ceiling);
             sync = true;
-        } else if self.ahead.is_none() {
-            let clock = self.clock.wants_ceiling(now_ms);
-            let near = self.seq + SEQ_STEP / 2 > self.seq_ceiling;
-            if clock.is_some() || near {
-                let clock = clock.unwrap_or(0).max(self.clock.ceiling());
-                let seq = if near { self.seq + SEQ_STEP } else { self.seq_ceiling };
-                batch.put_ceilings(clock, seq);
-                written = Some(Ceilings { number: self.progress.ceilings_written() + 1, clock, seq });
-            }
         }
-        let result = if self.progress.fault().is_some() {
-            Err(Refused::new(FailureCode::Internal, self.progress.fault_text()))
-        } else {
-            self.engine.write(batch, sync).map_err(|error| {
-                // After a failed write or sync the log's end is unknown: nothing more is
-                // written by this process.
-                tracing::error!(replica = self.replica, %error, "a write failed; the replica takes no more writes");
-                self.progress.poison(error.to_string());
-                internal(error)
-            })
+        let result = self.sound().and_then(|()| self.engine.write(batch, sync).map_err(|error| self.failed(error)));
+        self.settle(pending, result, sync, written);
+    }
+
+    /// As `commit`, if nothing has to be waited for; else the batch is as good for `commit` as before.
+    fn try_commit(&mut self, batch: &mut Batch, pending: Pending) -> Result<(), Box<Pending>> {
+        if batch.is_empty() && !pending.sync {
+            self.answer(pending, Ok(()));
+            return Ok(());
+        }
+        self.adopt_what_is_synced();
+        let now_ms = self.env.now_ms();
+        if pending.sync || !self.is_below_ceilings(now_ms) {
+            return Err(Box::new(pending));
+        }
+        let written = self.write_ahead(batch, now_ms);
+        let result = match self.sound().map(|()| self.engine.try_write(batch)) {
+            Ok(Ok(false)) => return Err(Box::new(pending)),
+            Ok(Ok(true)) => Ok(()),
+            Ok(Err(error)) => Err(self.failed(error)),
+            Err(refused) => Err(refused),
         };
+        self.settle(pending, result, false, written);
+        Ok(())
+    }
+
+    /// Ceilings are synced before anything under them is: those that were written ahead by now, as a rule; else with
+    /// the same sync where there is one.
+    fn adopt_what_is_synced(&mut self) {
+        if let Some(ceilings) = self.ahead.take_if(|ceilings| self.progress.ceilings_synced() >= ceilings.number) {
+            self.adopt(ceilings);
+        }
+    }
+
+    /// Whether all that it has given or seen may be stored without another sync.
+    fn is_below_ceilings(&self, now_ms: u64) -> bool {
+        self.clock.needs_ceiling(now_ms).is_none() && self.seq <= self.seq_ceiling
+    }
+
+    /// Has the batch write the next ceilings, where those are near.
+    fn write_ahead(&self, batch: &mut Batch, now_ms: u64) -> Option<Ceilings> {
+        if self.ahead.is_some() {
+            return None;
+        }
+        let clock = self.clock.wants_ceiling(now_ms);
+        let near = self.seq + SEQ_STEP / 2 > self.seq_ceiling;
+        if clock.is_none() && !near {
+            return None;
+        }
+        let clock = clock.unwrap_or(0).max(self.clock.ceiling());
+        let seq = if near { self.seq + SEQ_STEP } else { self.seq_ceiling };
+        batch.put_ceilings(clock, seq);
+        Some(Ceilings { number: self.progress.ceilings_written() + 1, clock, seq })
+    }
+
+    fn sound(&self) -> Result<(), Refused> {
+        match self.progress.fault() {
+            None => Ok(()),
+            Some(_) => Err(Refused::new(FailureCode::Internal, self.progress.fault_text())),
+        }
+    }
+
+    /// After a failed write or sync the log's end is unknown: nothing more is written by this process.
+    fn failed(&self, error: crate::engine::Error) -> Refused {
+        tracing::error!(replica = self.replica, %error, "a write failed; the replica takes no more writes");
+        self.progress.poison(error.to_string());
+        internal(error)
+    }
+
+    /// Tells of a batch that was written, or failed to be.
+    fn settle(&mut self, pending: Pending, result: Result<(), Refused>, sync: bool, written: Option<Ceilings>) {
         if result.is_ok() {
             if let Some(ceilings) = written {
                 self.progress.set_ceilings_written(ceilings.number);
@@ -660,17 +707,137 @@ impl Writer {
     }
 }
 
+/// Whose turn it is to write: the replica's thread's, or that of a caller who finds nobody there and has nothing to
+/// wait for.
+pub struct Turn {
+    /// `None`: it has stopped.
+    writer: Mutex<Option<Writer>>,
+    /// How many commands are in the queue, or out of it and not done.
+    before: Arc<AtomicUsize>,
+    /// Until then, in unix ms, it is nobody else's.
+    slow_until_ms: AtomicU64,
+    env: Env,
+    progress: Arc<Progress>,
+}
+
+impl Turn {
+    /// Nobody's yet.
+    pub fn new(writer: Writer) -> Self {
+        let (env, progress) = (writer.env.clone(), writer.progress.clone());
+        let (before, slow_until_ms) = (Arc::default(), AtomicU64::new(0));
+        Self { writer: Mutex::new(Some(writer)), before, slow_until_ms, env, progress }
+    }
+
+    /// For a command that goes into the queue: nobody overtakes it.
+    pub fn queued(&self, command: Command) -> Queued {
+        self.before.fetch_add(1, Ordering::AcqRel);
+        Queued { command, place: Place(self.before.clone()) }
+    }
+
+    /// Takes what comes by the queue until that closes or a `Stop`: the thread of a replica.
+    pub fn run(&self, mut queue: mpsc::Receiver<Queued>) {
+        let mut waiting = Vec::new();
+        while let Some(first) = queue.blocking_recv() {
+            if let Some(stopped) = self.take(first, &mut queue, &mut waiting) {
+                return self.end(queue, Some(stopped));
+            }
+        }
+        self.end(queue, None);
+    }
+
+    /// The same as a task, where there is but one thread.
+    pub async fn run_inline(&self, mut queue: mpsc::Receiver<Queued>) {
+        let mut waiting = Vec::new();
+        while let Some(first) = queue.recv().await {
+            self.env.pace().await;
+            if let Some(stopped) = self.take(first, &mut queue, &mut waiting) {
+                return self.end(queue, Some(stopped));
+            }
+        }
+        self.end(queue, None);
+    }
+
+    fn take(
+        &self,
+        first: Queued,
+        queue: &mut mpsc::Receiver<Queued>,
+        waiting: &mut Vec<Command>,
+    ) -> Option<oneshot::Sender<()>> {
+        // Who panicked while it wrote has left it in no known state.
+        let mut writer = self.writer.lock().unwrap_or_else(|poisoned| {
+            self.progress.poison("its writer panicked".to_owned());
+            PoisonError::into_inner(poisoned)
+        });
+        // Left only after the last of them is done.
+        let _places = drain(first, queue, waiting);
+        writer.as_mut()?.take(waiting)
+    }
+
+    fn end(&self, queue: mpsc::Receiver<Queued>, stopped: Option<oneshot::Sender<()>>) {
+        let writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let writer = writer.map(|mut writer| {
+            writer.stop();
+            writer
+        });
+        drop(queue);
+        // Closed before the answer: the folder may be opened again at once.
+        drop(writer);
+        if let Some(stopped) = stopped {
+            let _ = stopped.send(());
+        }
+    }
+
+    /// Takes a command here and now, where it is nobody's turn and none is before it. False: it was taken, but somebody
+    /// has to be sent for who may wait.
+    pub fn try_take(&self, command: Command) -> Result<bool, Command> {
+        let begin = self.env.now_ms();
+        if begin < self.slow_until_ms.load(Ordering::Relaxed) {
+            return Err(command);
+        }
+        let done = match self.writer.try_lock().as_deref_mut() {
+            Ok(Some(writer)) if writer.held.is_none() && self.before.load(Ordering::Acquire) == 0 => {
+                writer.take_at_once(command)
+            }
+            _ => return Err(command),
+        };
+        let end = self.env.now_ms();
+        if end.saturating_sub(begin) >= SLOW_MS {
+            self.slow_until_ms.store(end + SLOW_FOR_MS, Ordering::Relaxed);
+        }
+        Ok(done)
+    }
+}
+
 fn accepting(topology: &Topology, replica: u64) -> Vec<(u32, u32)> {
     topology.accepting(replica).map(|place| (place.shard, place.shards)).collect()
 }
 
-/// `first`, and what else waits, up to 256 in all.
-fn drain(first: Command, queue: &mut mpsc::Receiver<Command>, waiting: &mut Vec<Command>) {
-    waiting.push(first);
+/// A command in the queue.
+pub struct Queued {
+    /// What to do.
+    pub command: Command,
+    place: Place,
+}
+
+/// A command's place; free once this is dropped.
+struct Place(Arc<AtomicUsize>);
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+/// `first`, and what else waits, up to 256 in all; with their places.
+fn drain(first: Queued, queue: &mut mpsc::Receiver<Queued>, waiting: &mut Vec<Command>) -> Vec<Place> {
+    let mut places = vec![first.place];
+    waiting.push(first.command);
     while waiting.len() < 256 {
         let Ok(more) = queue.try_recv() else { break };
-        waiting.push(more);
+        places.push(more.place);
+        waiting.push(more.command);
     }
+    places
 }
 
 fn internal(error: impl std::fmt::Display) -> Refused {

@@ -356,6 +356,15 @@ impl Database for Memory {
         Ok(())
     }
 
+    /// Half of all that is written would have to wait.
+    fn try_write(&self, batch: &Batch) -> Result<bool, Error> {
+        let waits = self.disk.random.lock().unwrap().random_bool(0.5);
+        if !waits {
+            self.write(batch, false)?;
+        }
+        Ok(!waits)
+    }
+
     fn sync(&self) -> Result<(), Error> {
         if self.disk.fails() {
             return Err(self.fail(None));

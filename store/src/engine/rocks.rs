@@ -207,8 +207,8 @@ impl View for Pinned<'_> {
     }
 }
 
-impl Database for Rocks {
-    fn write(&self, batch: &Batch, sync: bool) -> Result<(), Error> {
+impl Rocks {
+    fn encode(&self, batch: &Batch) -> WriteBatch {
         let families = Family::ALL.map(|family| self.cf(family));
         let cf = |family: Family| families[family as usize];
         let mut all = WriteBatch::with_capacity_bytes(batch.size() + 32 * batch.len());
@@ -219,9 +219,25 @@ impl Database for Rocks {
                 Write::DeleteRange(family, from, to) => all.delete_range_cf(cf(family), from, to),
             }
         }
+        all
+    }
+}
+
+impl Database for Rocks {
+    fn write(&self, batch: &Batch, sync: bool) -> Result<(), Error> {
         let mut options = WriteOptions::default();
         options.set_sync(sync);
-        self.db.write_opt(all, &options).map_err(self.failed())
+        self.db.write_opt(self.encode(batch), &options).map_err(self.failed())
+    }
+
+    fn try_write(&self, batch: &Batch) -> Result<bool, Error> {
+        let mut options = WriteOptions::default();
+        options.set_no_slowdown(true);
+        match self.db.write_opt(self.encode(batch), &options) {
+            Ok(()) => Ok(true),
+            Err(error) if error.kind() == ErrorKind::Incomplete => Ok(false),
+            Err(error) => Err(self.failed()(error)),
+        }
     }
 
     fn sync(&self) -> Result<(), Error> {
