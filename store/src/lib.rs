@@ -222,6 +222,7 @@ where
         env: env.clone(),
         counts: options.monitor.counts(),
         changed: Arc::new(tokio::sync::Notify::new()),
+        stalls: Arc::default(),
     };
     let host = host::Host::open(&options.name, options.only.as_deref(), address.clone(), dir, context);
     tracing::info!(store = options.name, address, data = %options.data.display(), "serving");

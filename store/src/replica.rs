@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use serde::{Deserialize, Serialize};
@@ -17,7 +17,7 @@ use crate::engine::{self, Batch, Engine, Storage};
 use crate::merge::Limits;
 use crate::meta::{self, Fence};
 use crate::metrics::Counts;
-use crate::writer::{Asked, Command, LocalWrite, PeerBatch, Queued, Refused, Start, Taken, Turn, Writer};
+use crate::writer::{Asked, Command, LocalWrite, PeerBatch, Queued, Refused, Stalls, Start, Taken, Turn, Writer};
 
 /// Commands that may wait for a writer.
 const QUEUE: usize = 1024;
@@ -146,8 +146,8 @@ pub struct Progress {
     /// The disk is full.
     pub full: AtomicBool,
     synced_writes: AtomicBool,
-    /// The log is being synced: who writes meanwhile may have to wait.
-    syncing: AtomicBool,
+    /// So many sync the log at this moment: who writes meanwhile may have to wait.
+    syncing: AtomicUsize,
     fault: OnceLock<String>,
     /// Cancelled once there is a fault.
     faulted: CancellationToken,
@@ -451,6 +451,8 @@ pub struct Context {
     pub counts: Arc<Counts>,
     /// Rung when something that is reported has changed.
     pub changed: Arc<tokio::sync::Notify>,
+    /// Of the disk.
+    pub stalls: Arc<Stalls>,
 }
 
 impl Replica {
@@ -544,7 +546,7 @@ impl Replica {
             served: AtomicBool::new(found.served),
             full: AtomicBool::new(false),
             synced_writes: AtomicBool::new(settings.synced),
-            syncing: AtomicBool::new(false),
+            syncing: AtomicUsize::new(0),
             fault: OnceLock::new(),
             faulted: CancellationToken::new(),
             compared_ms: AtomicU64::new(0),
@@ -564,7 +566,7 @@ impl Replica {
             disk_free: Box::new(crate::dir::disk_watch(dir.to_owned(), context.storage.clone(), context.env.clone())),
         });
         let (commands, queue) = mpsc::channel(QUEUE);
-        let turn = Arc::new(Turn::new(writer));
+        let turn = Arc::new(Turn::new(writer, context.stalls.clone()));
         let theirs = turn.clone();
         if context.env.is_on_one_thread() {
             tokio::spawn(async move { theirs.run_inline(queue).await });
@@ -615,7 +617,7 @@ impl Replica {
         let (reply, answer) = oneshot::channel();
         let at_once = bytes <= AT_ONCE_BYTES
             && !self.progress.synced_writes()
-            && !self.progress.syncing.load(Ordering::Relaxed)
+            && self.progress.syncing.load(Ordering::Relaxed) == 0
             && writes.iter().all(LocalWrite::is_blind);
         let mut command = Command::Local(writes, reply, room);
         if at_once {
@@ -704,9 +706,9 @@ impl Replica {
     /// sync: what the disk then holds is unknown. Blocks.
     pub fn sync_engine(&self) -> Result<(), engine::Error> {
         let ceilings = self.progress.ceilings_written();
-        self.progress.syncing.store(true, Ordering::Relaxed);
+        self.progress.syncing.fetch_add(1, Ordering::Relaxed);
         let synced = self.engine.sync().inspect(|()| self.progress.set_ceilings_synced(ceilings));
-        self.progress.syncing.store(false, Ordering::Relaxed);
+        self.progress.syncing.fetch_sub(1, Ordering::Relaxed);
         synced.inspect_err(|error| {
             tracing::error!(replica = self.id, %error, "a sync failed; the replica takes no more writes");
             self.progress.poison(error.to_string());

@@ -10,6 +10,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures::FutureExt;
@@ -39,6 +40,7 @@ fn context() -> Context {
         env: Env::real(),
         counts: crate::metrics::Monitor::new().counts(),
         changed: Arc::new(Notify::new()),
+        stalls: Arc::default(),
     }
 }
 
@@ -284,32 +286,89 @@ async fn a_ceiling_that_was_written_ahead_counts_once_it_is_synced() {
     assert_eq!(put_at(6_400).await, (3, 2), "that counts, and the next is written");
 }
 
+/// A replica whose clock tells who looks at it.
+struct Watched {
+    replica: Arc<Replica>,
+    wall: Arc<AtomicU64>,
+    /// By how much each look moves the clock.
+    step: Arc<AtomicU64>,
+    /// Looks of the writer's own thread.
+    by_thread: Arc<AtomicU64>,
+}
+
+impl Watched {
+    async fn open(dir: &Path) -> Self {
+        let topology = stable(1, &[&[ME]]);
+        open(dir, &topology).stop().await;
+        let (wall, step, by_thread) = (Arc::new(AtomicU64::new(1_000_000)), Arc::default(), Arc::default());
+        let (now, by, looks) = (wall.clone(), Arc::clone(&step), Arc::clone(&by_thread));
+        let tick = move || {
+            let thread = std::thread::current().name().is_some_and(|name| name.starts_with("writer"));
+            AtomicU64::fetch_add(&looks, thread.into(), Ordering::SeqCst);
+            now.fetch_add(AtomicU64::load(&by, Ordering::SeqCst), Ordering::SeqCst)
+        };
+        let env = Env::new(tick, || 5, |_| unreachable!("nobody is called"));
+        let replica = Replica::open(dir, topology, settings(), &Context { env, ..context() }).unwrap();
+        let watched = Self { replica, wall, step, by_thread };
+        assert!(!watched.write(set("key", Content::Nothing)).await, "the first needs a synced ceiling");
+        watched
+    }
+
+    /// Whether it was done without the writer's thread.
+    async fn write(&self, write: LocalWrite) -> bool {
+        let before = self.by_thread.load(Ordering::SeqCst);
+        self.replica.write(vec![write]).await[0].as_ref().unwrap();
+        self.by_thread.load(Ordering::SeqCst) == before
+    }
+
+    /// How many of so many, one after the other, were.
+    async fn count(&self, write: impl Fn() -> LocalWrite) -> usize {
+        let mut count = 0;
+        for _ in 0..100 {
+            count += usize::from(self.write(write()).await);
+        }
+        count
+    }
+
+    /// Writes until one was.
+    async fn at_once(&self) {
+        let trying = async {
+            // The thread may be about to leave still.
+            while !self.write(small()).await {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(10), trying).await.expect("no write was done at once");
+    }
+}
+
+fn small() -> LocalWrite {
+    set("key", Content::Bytes(Bytes::from_static(b"value")))
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_small_put_waits_for_no_other_thread() {
     let dir = tempfile::tempdir().unwrap();
-    let replica = open(dir.path(), &stable(1, &[&[ME]]));
-    // The first needs a synced ceiling; any other may meet the thread, which has just done the one before.
-    put(&replica, "key").await.unwrap();
-    let text = |len| Content::Bytes(vec![7; len].into());
-    assert_ne!(at_once(&replica, || set("key", text(100))).await, 0);
-    // Not a large one, nor one that reads.
-    assert_ne!(at_once(&replica, || set("key", text(64 << 10))).await, TIMES);
-    assert_ne!(at_once(&replica, || LocalWrite { returning: Returning::Before, ..set("key", text(100)) }).await, TIMES);
+    let watched = Watched::open(dir.path()).await;
+    watched.at_once().await;
+    assert_eq!(watched.count(|| set("key", Content::Bytes(vec![7; 64 << 10].into()))).await, 0, "large");
+    assert_eq!(watched.count(|| LocalWrite { returning: Returning::Before, ..small() }).await, 0, "it reads");
 }
 
-const TIMES: usize = 100;
-
-/// How many of so many writes, one after the other, are done as soon as they are asked for.
-async fn at_once(replica: &Replica, write: impl Fn() -> LocalWrite) -> usize {
-    let mut count = 0;
-    for _ in 0..TIMES {
-        let mut written = std::pin::pin!(replica.write(vec![write()]));
-        match (&mut written).now_or_never() {
-            Some(_) => count += 1,
-            None => drop(written.await),
-        }
+#[tokio::test(flavor = "multi_thread")]
+async fn after_a_write_that_the_disk_held_up_only_the_thread_writes_for_a_while() {
+    let dir = tempfile::tempdir().unwrap();
+    let watched = Watched::open(dir.path()).await;
+    // Later, and after the clock was set back.
+    for set_to in [1_010_000, 500_000, 520_000] {
+        watched.wall.store(set_to, Ordering::SeqCst);
+        watched.at_once().await;
+        // Each look at the clock takes 3 ms, so a write 6 at least.
+        watched.step.store(3, Ordering::SeqCst);
+        watched.at_once().await;
+        watched.step.store(0, Ordering::SeqCst);
+        assert_eq!(watched.count(small).await, 0);
     }
-    count
 }
 
 #[tokio::test(flavor = "multi_thread")]

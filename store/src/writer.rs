@@ -28,10 +28,6 @@ const BATCH_BYTES: usize = 16 << 10;
 const SYNCED_BATCH_BYTES: usize = 4 << 20;
 /// A batch that had more keys does not keep its memory for the next one.
 const KEPT_KEYS: usize = 8 << 10;
-/// A caller's own write took so long, in ms: the disk holds up who writes.
-const SLOW_MS: u64 = 5;
-/// So long, in ms, only the thread writes then.
-const SLOW_FOR_MS: u64 = 100;
 /// Seqs reserved ahead with one sync.
 const SEQ_STEP: u64 = 1 << 20;
 
@@ -714,18 +710,16 @@ pub struct Turn {
     writer: Mutex<Option<Writer>>,
     /// How many commands are in the queue, or out of it and not done.
     before: Arc<AtomicUsize>,
-    /// Until then, in unix ms, it is nobody else's.
-    slow_until_ms: AtomicU64,
+    stalls: Arc<Stalls>,
     env: Env,
     progress: Arc<Progress>,
 }
 
 impl Turn {
     /// Nobody's yet.
-    pub fn new(writer: Writer) -> Self {
+    pub fn new(writer: Writer, stalls: Arc<Stalls>) -> Self {
         let (env, progress) = (writer.env.clone(), writer.progress.clone());
-        let (before, slow_until_ms) = (Arc::default(), AtomicU64::new(0));
-        Self { writer: Mutex::new(Some(writer)), before, slow_until_ms, env, progress }
+        Self { writer: Mutex::new(Some(writer)), before: Arc::default(), stalls, env, progress }
     }
 
     /// For a command that goes into the queue: nobody overtakes it.
@@ -776,6 +770,9 @@ impl Turn {
     fn end(&self, queue: mpsc::Receiver<Queued>, stopped: Option<oneshot::Sender<()>>) {
         let writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner).take();
         let writer = writer.map(|mut writer| {
+            if let Some((mut batch, pending)) = writer.held.take() {
+                writer.commit(&mut batch, *pending);
+            }
             writer.stop();
             writer
         });
@@ -791,7 +788,7 @@ impl Turn {
     /// has to be sent for who may wait.
     pub fn try_take(&self, command: Command) -> Result<bool, Command> {
         let begin = self.env.now_ms();
-        if begin < self.slow_until_ms.load(Ordering::Relaxed) {
+        if self.stalls.lately(begin) {
             return Err(command);
         }
         let done = match self.writer.try_lock().as_deref_mut() {
@@ -800,16 +797,42 @@ impl Turn {
             }
             _ => return Err(command),
         };
-        let end = self.env.now_ms();
-        if end.saturating_sub(begin) >= SLOW_MS {
-            self.slow_until_ms.store(end + SLOW_FOR_MS, Ordering::Relaxed);
-        }
+        self.stalls.wrote(begin, self.env.now_ms());
         Ok(done)
     }
 }
 
 fn accepting(topology: &Topology, replica: u64) -> Vec<(u32, u32)> {
     topology.accepting(replica).map(|place| (place.shard, place.shards)).collect()
+}
+
+/// Whether the disk has lately held up somebody who wrote on the thread that serves: then all leave it to the writers'
+/// threads for a while. One for all replicas on a disk.
+#[derive(Debug, Default)]
+pub struct Stalls {
+    /// In unix ms.
+    until: AtomicU64,
+}
+
+impl Stalls {
+    /// A write that takes so long, in ms, was held up.
+    const LEAST: u64 = 5;
+    /// The while is so many times what the write took, so that little of a thread's time is lost.
+    const TIMES: u64 = 20;
+    /// And no longer than this, in ms, also if the clock is set back meanwhile.
+    const MOST: u64 = 10_000;
+
+    fn lately(&self, now_ms: u64) -> bool {
+        let left = self.until.load(Ordering::Relaxed).saturating_sub(now_ms);
+        left > 0 && left <= Self::MOST
+    }
+
+    fn wrote(&self, begin_ms: u64, end_ms: u64) {
+        let took = end_ms.saturating_sub(begin_ms);
+        if took >= Self::LEAST {
+            self.until.store(end_ms + (took * Self::TIMES).min(Self::MOST), Ordering::Relaxed);
+        }
+    }
 }
 
 /// A command in the queue.

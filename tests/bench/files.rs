@@ -220,7 +220,7 @@ pub fn run(bench: &Bench) -> anyhow::Result<(Vec<Ratio>, Vec<Measured>)> {
         // Half of the keys go to the new shard.
         let bytes = bytes_of(&files) / 2;
         filtered.push(moved(bytes, resize(&vasto, 2, 1)?.copied));
-        whole.push(moved(bytes * 2, copy(&sorted_files(&vasto.data)?, &bench.folder.join("copy"))?));
+        whole.push(moved(bytes_of(&files), copy(&files, &bench.folder.join("copy"))?));
         vasto.process.stop();
         std::fs::remove_dir_all(bench.folder.join(&name))?;
     }
