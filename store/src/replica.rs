@@ -26,8 +26,6 @@ const ROOM_KIB: usize = 64 << 10;
 /// Clients' writes of up to so many bytes together are done on their own thread, where that waits for nobody.
 const AT_ONCE_BYTES: usize = 4 << 10;
 
-const STOPPED: &str = "the writer stopped before it answered";
-
 /// What went wrong with a replica's folder.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -619,29 +617,25 @@ impl Replica {
             && !self.progress.synced_writes()
             && self.progress.syncing.load(Ordering::Relaxed) == 0
             && writes.iter().all(LocalWrite::is_blind);
-        let mut command = Command::Local(writes, reply, room);
-        if at_once {
-            match self.turn.try_take(command) {
-                Ok(true) => return answer.await.unwrap_or_else(|_| refused(FailureCode::Internal, STOPPED)),
-                Ok(false) => command = Command::Held,
-                Err(theirs) => command = theirs,
+        let command = Command::Local(writes, reply, room);
+        let left = if at_once { self.turn.try_take(command) } else { Some(command) };
+        if let Some(command) = left {
+            match self.commands.try_send(self.turn.queued(command)) {
+                Ok(()) => {}
+                // Its writer is at work anyway.
+                Err(mpsc::error::TrySendError::Full(Queued { command: Command::Held, .. })) => {}
+                Err(mpsc::error::TrySendError::Full(_)) => {
+                    return refused(
+                        FailureCode::ResourceExhausted,
+                        "the shard's writer has 1,024 batches waiting: slow down and try again",
+                    );
+                }
+                Err(mpsc::error::TrySendError::Closed(_)) => {
+                    return refused(FailureCode::NotReady, "the replica is stopping");
+                }
             }
         }
-        match self.commands.try_send(self.turn.queued(command)) {
-            Ok(()) => {}
-            // Its writer is at work anyway.
-            Err(mpsc::error::TrySendError::Full(Queued { command: Command::Held, .. })) => {}
-            Err(mpsc::error::TrySendError::Full(_)) => {
-                return refused(
-                    FailureCode::ResourceExhausted,
-                    "the shard's writer has 1,024 batches waiting: slow down and try again",
-                );
-            }
-            Err(mpsc::error::TrySendError::Closed(_)) => {
-                return refused(FailureCode::NotReady, "the replica is stopping");
-            }
-        }
-        answer.await.unwrap_or_else(|_| refused(FailureCode::Internal, STOPPED))
+        answer.await.unwrap_or_else(|_| refused(FailureCode::Internal, "the writer stopped before it answered"))
     }
 
     async fn ask<T>(&self, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> Option<T> {

@@ -1,14 +1,15 @@
 //! The one writer of a replica: a loop that drains a queue, stamps and joins
 //! all that waits into one batch, writes it, and answers. Everything that
-//! changes a replica's rows passes here, so that the order is one. Who finds nobody there, and has nothing to wait for,
-//! takes the loop's turn: two threads need not be woken for a small put.
+//! changes a replica's rows passes here, so that the order is one.
+
+mod turn;
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
-use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, oneshot};
 use vasto_client::env::Env;
 use vasto_client::hash::jump_hash;
 use vasto_client::v1::{FailureCode, Phase, Position, Returning, Topology};
@@ -20,6 +21,7 @@ use crate::merge::{self, Limits, LocalOp};
 use crate::meta::Fence;
 use crate::record::{Content, Record, Stamp, View};
 use crate::replica::Progress;
+pub use turn::{Queued, Stalls, Turn};
 
 /// A batch is written when it holds this many bytes, however much more waits: clients make use of the answers to one
 /// while the next is written.
@@ -251,9 +253,7 @@ impl Writer {
     /// Takes all commands, in as many batches as their size asks for.
     pub fn take(&mut self, commands: &mut Vec<Command>) -> Option<oneshot::Sender<()>> {
         let mut stop = None;
-        if let Some((mut batch, pending)) = self.held.take() {
-            self.commit(&mut batch, *pending);
-        }
+        self.commit_what_is_held();
         let mut commands = commands.drain(..).peekable();
         while commands.peek().is_some() {
             let (mut batch, mut overlay, mut pending) = self.begin();
@@ -278,6 +278,12 @@ impl Writer {
         self.held = self.try_commit(&mut batch, pending).err().map(|pending| (std::mem::take(&mut batch), pending));
         self.keep(batch, overlay);
         self.held.is_none()
+    }
+
+    fn commit_what_is_held(&mut self) {
+        if let Some((mut batch, pending)) = self.held.take() {
+            self.commit(&mut batch, *pending);
+        }
     }
 
     fn begin(&mut self) -> (Batch, Overlay, Pending) {
@@ -691,6 +697,7 @@ impl Writer {
     }
 
     fn stop(&mut self) {
+        self.commit_what_is_held();
         if self.progress.fault().is_some() {
             return;
         }
@@ -703,164 +710,8 @@ impl Writer {
     }
 }
 
-/// Whose turn it is to write: the replica's thread's, or that of a caller who finds nobody there and has nothing to
-/// wait for.
-pub struct Turn {
-    /// `None`: it has stopped.
-    writer: Mutex<Option<Writer>>,
-    /// How many commands are in the queue, or out of it and not done.
-    before: Arc<AtomicUsize>,
-    stalls: Arc<Stalls>,
-    env: Env,
-    progress: Arc<Progress>,
-}
-
-impl Turn {
-    /// Nobody's yet.
-    pub fn new(writer: Writer, stalls: Arc<Stalls>) -> Self {
-        let (env, progress) = (writer.env.clone(), writer.progress.clone());
-        Self { writer: Mutex::new(Some(writer)), before: Arc::default(), stalls, env, progress }
-    }
-
-    /// For a command that goes into the queue: nobody overtakes it.
-    pub fn queued(&self, command: Command) -> Queued {
-        self.before.fetch_add(1, Ordering::AcqRel);
-        Queued { command, place: Place(self.before.clone()) }
-    }
-
-    /// Takes what comes by the queue until that closes or a `Stop`: the thread of a replica.
-    pub fn run(&self, mut queue: mpsc::Receiver<Queued>) {
-        let mut waiting = Vec::new();
-        while let Some(first) = queue.blocking_recv() {
-            if let Some(stopped) = self.take(first, &mut queue, &mut waiting) {
-                return self.end(queue, Some(stopped));
-            }
-        }
-        self.end(queue, None);
-    }
-
-    /// The same as a task, where there is but one thread.
-    pub async fn run_inline(&self, mut queue: mpsc::Receiver<Queued>) {
-        let mut waiting = Vec::new();
-        while let Some(first) = queue.recv().await {
-            self.env.pace().await;
-            if let Some(stopped) = self.take(first, &mut queue, &mut waiting) {
-                return self.end(queue, Some(stopped));
-            }
-        }
-        self.end(queue, None);
-    }
-
-    fn take(
-        &self,
-        first: Queued,
-        queue: &mut mpsc::Receiver<Queued>,
-        waiting: &mut Vec<Command>,
-    ) -> Option<oneshot::Sender<()>> {
-        // Who panicked while it wrote has left it in no known state.
-        let mut writer = self.writer.lock().unwrap_or_else(|poisoned| {
-            self.progress.poison("its writer panicked".to_owned());
-            PoisonError::into_inner(poisoned)
-        });
-        // Left only after the last of them is done.
-        let _places = drain(first, queue, waiting);
-        writer.as_mut()?.take(waiting)
-    }
-
-    fn end(&self, queue: mpsc::Receiver<Queued>, stopped: Option<oneshot::Sender<()>>) {
-        let writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let writer = writer.map(|mut writer| {
-            if let Some((mut batch, pending)) = writer.held.take() {
-                writer.commit(&mut batch, *pending);
-            }
-            writer.stop();
-            writer
-        });
-        drop(queue);
-        // Closed before the answer: the folder may be opened again at once.
-        drop(writer);
-        if let Some(stopped) = stopped {
-            let _ = stopped.send(());
-        }
-    }
-
-    /// Takes a command here and now, where it is nobody's turn and none is before it. False: it was taken, but somebody
-    /// has to be sent for who may wait.
-    pub fn try_take(&self, command: Command) -> Result<bool, Command> {
-        let begin = self.env.now_ms();
-        if self.stalls.lately(begin) {
-            return Err(command);
-        }
-        let done = match self.writer.try_lock().as_deref_mut() {
-            Ok(Some(writer)) if writer.held.is_none() && self.before.load(Ordering::Acquire) == 0 => {
-                writer.take_at_once(command)
-            }
-            _ => return Err(command),
-        };
-        self.stalls.wrote(begin, self.env.now_ms());
-        Ok(done)
-    }
-}
-
 fn accepting(topology: &Topology, replica: u64) -> Vec<(u32, u32)> {
     topology.accepting(replica).map(|place| (place.shard, place.shards)).collect()
-}
-
-/// Whether the disk has lately held up somebody who wrote on the thread that serves: then all leave it to the writers'
-/// threads for a while. One for all replicas on a disk.
-#[derive(Debug, Default)]
-pub struct Stalls {
-    /// In unix ms.
-    until: AtomicU64,
-}
-
-impl Stalls {
-    /// A write that takes so long, in ms, was held up.
-    const LEAST: u64 = 5;
-    /// The while is so many times what the write took, so that little of a thread's time is lost.
-    const TIMES: u64 = 20;
-    /// And no longer than this, in ms, also if the clock is set back meanwhile.
-    const MOST: u64 = 10_000;
-
-    fn lately(&self, now_ms: u64) -> bool {
-        let left = self.until.load(Ordering::Relaxed).saturating_sub(now_ms);
-        left > 0 && left <= Self::MOST
-    }
-
-    fn wrote(&self, begin_ms: u64, end_ms: u64) {
-        let took = end_ms.saturating_sub(begin_ms);
-        if took >= Self::LEAST {
-            self.until.store(end_ms + (took * Self::TIMES).min(Self::MOST), Ordering::Relaxed);
-        }
-    }
-}
-
-/// A command in the queue.
-pub struct Queued {
-    /// What to do.
-    pub command: Command,
-    place: Place,
-}
-
-/// A command's place; free once this is dropped.
-struct Place(Arc<AtomicUsize>);
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::AcqRel);
-    }
-}
-
-/// `first`, and what else waits, up to 256 in all; with their places.
-fn drain(first: Queued, queue: &mut mpsc::Receiver<Queued>, waiting: &mut Vec<Command>) -> Vec<Place> {
-    let mut places = vec![first.place];
-    waiting.push(first.command);
-    while waiting.len() < 256 {
-        let Ok(more) = queue.try_recv() else { break };
-        places.push(more.place);
-        waiting.push(more.command);
-    }
-    places
 }
 
 fn internal(error: impl std::fmt::Display) -> Refused {

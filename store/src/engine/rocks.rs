@@ -161,6 +161,20 @@ impl Rocks {
         move |source| Error::Rocks { path: path.clone(), source }
     }
 
+    fn encode(&self, batch: &Batch) -> WriteBatch {
+        let families = Family::ALL.map(|family| self.cf(family));
+        let cf = |family: Family| families[family as usize];
+        let mut all = WriteBatch::with_capacity_bytes(batch.size() + 32 * batch.len());
+        for write in batch.writes() {
+            match write {
+                Write::Put(family, key, value) => all.put_cf(cf(family), key, value),
+                Write::Delete(family, key) => all.delete_cf(cf(family), key),
+                Write::DeleteRange(family, from, to) => all.delete_range_cf(cf(family), from, to),
+            }
+        }
+        all
+    }
+
     fn visit(
         &self,
         mut rows: DBRawIterator<'_>,
@@ -204,22 +218,6 @@ impl View for Pinned<'_> {
         options.set_snapshot(&self.snapshot);
         let rows = self.rocks.db.raw_iterator_cf_opt(self.rocks.cf(family), options);
         self.rocks.visit(rows, from, visit)
-    }
-}
-
-impl Rocks {
-    fn encode(&self, batch: &Batch) -> WriteBatch {
-        let families = Family::ALL.map(|family| self.cf(family));
-        let cf = |family: Family| families[family as usize];
-        let mut all = WriteBatch::with_capacity_bytes(batch.size() + 32 * batch.len());
-        for write in batch.writes() {
-            match write {
-                Write::Put(family, key, value) => all.put_cf(cf(family), key, value),
-                Write::Delete(family, key) => all.delete_cf(cf(family), key),
-                Write::DeleteRange(family, from, to) => all.delete_range_cf(cf(family), from, to),
-            }
-        }
-        all
     }
 }
 
