@@ -1,6 +1,7 @@
 //! Rows in memory, of all databases of a process together: what is read again and again is found by its key's hash,
 //! without a search through memtables and blocks, and without a copy.
 
+use std::cell::Cell;
 use std::hash::{BuildHasher, BuildHasherDefault, Hash, Hasher};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -18,6 +19,9 @@ const PARTS: usize = 64;
 const LONGEST: usize = 4 << 10;
 /// What a row takes besides its key and record.
 const OVERHEAD: usize = 128;
+/// A row that was written so often since it was last read goes: by then, to keep it has cost about as much as to read it
+/// once more from the database would.
+const WRITES_UNREAD: u8 = 16;
 /// What rows have on the whole, for the length of the list of those that were there once.
 const USUAL: usize = 256;
 
@@ -38,7 +42,13 @@ pub struct RowCache {
 struct Part {
     /// Counts writes.
     writes: u64,
-    rows: Cache<Key, Row, Weight, BuildHasherDefault<Same>>,
+    rows: Cache<Key, Kept, Weight, BuildHasherDefault<Same>>,
+}
+
+struct Kept {
+    row: Row,
+    /// How often it was written since it was last read.
+    writes: Cell<u8>,
 }
 
 /// A row that was not there, as it was looked for.
@@ -98,31 +108,40 @@ impl RowCache {
     pub fn look(&self, database: u64, key: &[u8]) -> Result<Row, Miss> {
         let wanted = self.wanted(database, key);
         let part = self.part(wanted.hash);
-        part.rows.get(&wanted).cloned().ok_or(Miss { hash: wanted.hash, writes: part.writes })
+        let kept = part.rows.get(&wanted).ok_or(Miss { hash: wanted.hash, writes: part.writes })?;
+        kept.writes.set(0);
+        Ok(kept.row.clone())
     }
 
     /// The row that the database had after `look` had missed it. Kept, if nothing was written since that might have been it.
     pub fn fill(&self, database: u64, key: &[u8], miss: Miss, seq: u64, record: &[u8]) -> Row {
-        let Some((key, row)) = entry(database, miss.hash, key, seq, record) else {
-            return Row { seq, record: Bytes::copy_from_slice(record) };
-        };
-        let mut part = self.part(miss.hash);
-        if part.writes == miss.writes {
-            part.rows.insert(key, row.clone());
+        let row = Row { seq, record: Bytes::copy_from_slice(record) };
+        if fits(key, record) {
+            let mut part = self.part(miss.hash);
+            if part.writes == miss.writes {
+                let kept = Kept { row: row.clone(), writes: Cell::new(0) };
+                part.rows.insert(Key { hash: miss.hash, database, key: key.into() }, kept);
+            }
         }
         row
     }
 
     /// Takes note of what was written, after it was: the row, or that there is none. A key that is not here stays out, as
-    /// nobody has asked for it.
+    /// nobody has asked for it, and a row that is written and written and not read goes.
     pub fn wrote(&self, database: u64, key: &[u8], row: Option<(u64, &[u8])>) {
         let wanted = self.wanted(database, key);
         let mut part = self.part(wanted.hash);
         part.writes += 1;
-        if part.rows.contains_key(&wanted) {
-            match row.and_then(|(seq, record)| entry(database, wanted.hash, key, seq, record)) {
-                Some((key, row)) => part.rows.insert(key, row),
-                None => drop(part.rows.remove(&wanted)),
+        let Some(mut kept) = part.rows.peek_mut(&wanted) else { return };
+        match row {
+            Some((seq, record)) if fits(key, record) && kept.writes.get() < WRITES_UNREAD => {
+                let before = std::mem::take(&mut kept.row.record);
+                kept.row = Row { seq, record: in_place_of(before, record) };
+                *kept.writes.get_mut() += 1;
+            }
+            _ => {
+                drop(kept);
+                part.rows.remove(&wanted);
             }
         }
     }
@@ -140,24 +159,25 @@ fn lock(part: &Mutex<Part>) -> MutexGuard<'_, Part> {
     part.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// A row as it is kept, in one piece of memory; `None`: it is too long.
-fn entry(database: u64, hash: u64, key: &[u8], seq: u64, record: &[u8]) -> Option<(Key, Row)> {
-    let length = key.len() + record.len();
-    if length > LONGEST {
-        return None;
+fn fits(key: &[u8], record: &[u8]) -> bool {
+    key.len() + record.len() <= LONGEST
+}
+
+/// The record, in the memory of the one before if it is as long and no reader still has that.
+fn in_place_of(before: Bytes, record: &[u8]) -> Bytes {
+    match before.try_into_mut() {
+        Ok(mut memory) if memory.len() == record.len() => {
+            memory.copy_from_slice(record);
+            memory.freeze()
+        }
+        _ => Bytes::copy_from_slice(record),
     }
-    let mut both = Vec::with_capacity(length);
-    both.extend_from_slice(key);
-    both.extend_from_slice(record);
-    let mut record = Bytes::from(both);
-    let key = record.split_to(key.len());
-    Some((Key { hash, database, key }, Row { seq, record }))
 }
 
 struct Key {
     hash: u64,
     database: u64,
-    key: Bytes,
+    key: Box<[u8]>,
 }
 
 impl PartialEq for Key {
@@ -189,7 +209,7 @@ impl Hash for Wanted<'_> {
 
 impl Equivalent<Key> for Wanted<'_> {
     fn equivalent(&self, key: &Key) -> bool {
-        (self.hash, self.database, self.key) == (key.hash, key.database, &key.key[..])
+        (self.hash, self.database, self.key) == (key.hash, key.database, &*key.key)
     }
 }
 
@@ -212,9 +232,9 @@ impl Hasher for Same {
 #[derive(Clone)]
 struct Weight;
 
-impl Weighter<Key, Row> for Weight {
-    fn weight(&self, key: &Key, row: &Row) -> u64 {
-        (key.key.len() + row.record.len() + OVERHEAD) as u64
+impl Weighter<Key, Kept> for Weight {
+    fn weight(&self, key: &Key, kept: &Kept) -> u64 {
+        (key.key.len() + kept.row.record.len() + OVERHEAD) as u64
     }
 }
 
@@ -261,6 +281,36 @@ mod tests {
         assert_eq!(look(&rows, 0, "key"), None);
         fill(&rows, 0, "key", 2, b"new");
         assert_eq!(look(&rows, 0, "key"), Some(row(2, b"new")));
+    }
+
+    #[test]
+    fn what_a_reader_has_stays_as_it_was() {
+        let rows = RowCache::new(1 << 20, 7);
+        let filled = fill(&rows, 0, "key", 1, b"one");
+        rows.wrote(0, b"key", Some((2, b"two")));
+        let read = look(&rows, 0, "key");
+        // Nobody has this one: its memory is used again.
+        rows.wrote(0, b"key", Some((3, b"333")));
+        rows.wrote(0, b"key", Some((4, b"444")));
+        assert_eq!((filled, read), (row(1, b"one"), Some(row(2, b"two"))));
+        rows.wrote(0, b"key", Some((5, b"longer")));
+        assert_eq!(look(&rows, 0, "key"), Some(row(5, b"longer")));
+    }
+
+    #[test]
+    fn what_is_written_again_and_again_and_never_read_goes() {
+        let rows = RowCache::new(1 << 20, 7);
+        fill(&rows, 0, "read", 0, b"a");
+        fill(&rows, 0, "unread", 0, b"a");
+        for seq in 1..=u64::from(WRITES_UNREAD) {
+            rows.wrote(0, b"read", Some((seq, b"b")));
+            rows.wrote(0, b"unread", Some((seq, b"b")));
+        }
+        assert_eq!(look(&rows, 0, "read"), Some(row(u64::from(WRITES_UNREAD), b"b")));
+        for key in [&b"read"[..], b"unread"] {
+            rows.wrote(0, key, Some((99, b"c")));
+        }
+        assert_eq!((look(&rows, 0, "read"), look(&rows, 0, "unread")), (Some(row(99, b"c")), None));
     }
 
     #[test]
