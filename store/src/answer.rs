@@ -3,7 +3,9 @@
 
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures::stream::FuturesUnordered;
@@ -35,6 +37,12 @@ const ANSWER_BYTES: usize = 4 << 20;
 pub(crate) const VALUE_BYTES: usize = 15 << 20;
 /// After so many reads by memory alone, whoever else is served on the same thread has a turn.
 const READ_AT_ONCE: usize = 256;
+/// A message's reads beyond memory are shared out to so many threads at most, so that the disk has several of them at
+/// once.
+const READERS: u64 = 4;
+/// There is a thread for each such part of what one of those reads takes. Those that come from the system's page cache
+/// take less than two, and are best read by one thread.
+const READ_PART: Duration = Duration::from_micros(25);
 
 /// Answers operations. Cheap to clone.
 #[derive(Clone)]
@@ -42,12 +50,13 @@ pub struct Answerer {
     host: Arc<Host>,
     env: Env,
     counts: Arc<Counts>,
+    pace: Arc<Pace>,
 }
 
 impl Answerer {
     /// By what the host holds.
     pub fn new(host: Arc<Host>, env: Env, counts: Arc<Counts>) -> Self {
-        Self { host, env, counts }
+        Self { host, env, counts, pace: Arc::default() }
     }
 
     /// Answers one message, in any order.
@@ -59,7 +68,7 @@ impl Answerer {
             // an older topology than this store, and have its stamps from another replica here.
             work.replica.progress.pass(work.keyspace.clock_beside(work.replica.id));
         }
-        let done = futures::future::join_all(work.into_iter().map(|w| w.run(now, &self.counts))).await;
+        let done = futures::future::join_all(work.into_iter().map(|w| w.run(now, &self.counts, &self.pace))).await;
         done.into_iter().for_each(|done| append(&mut answers, done));
         answers
     }
@@ -184,7 +193,7 @@ fn here<'a>(work: &'a mut Vec<Work>, keyspace: &Arc<Keyspace>, replica: &Arc<Rep
 }
 
 impl Work {
-    async fn run(self, now: u64, counts: &Counts) -> Vec<Answer> {
+    async fn run(self, now: u64, counts: &Counts, pace: &Arc<Pace>) -> Vec<Answer> {
         let Self { keyspace, replica, reads, ids, writes } = self;
         let mut tally = Tally::default();
         let writing = async {
@@ -203,7 +212,7 @@ impl Work {
                 return Vec::new();
             }
             let begin = Instant::now();
-            let answers = read(keyspace.env(), &replica, reads, now).await;
+            let answers = read(keyspace.env(), &replica, reads, now, pace).await;
             counts.took(Part::Read, begin.elapsed());
             answers
         };
@@ -218,8 +227,14 @@ impl Work {
     }
 }
 
-/// Reads what memory has on the spot, and the rest on a thread that may wait for the disk.
-async fn read(env: &Env, replica: &Arc<Replica>, reads: Vec<(u64, Read)>, now: u64) -> Vec<Answer> {
+/// Reads what memory has on the spot, and the rest on threads that may wait for the disk.
+async fn read(
+    env: &Env,
+    replica: &Arc<Replica>,
+    reads: Vec<(u64, Read)>,
+    now: u64,
+    pace: &Arc<Pace>,
+) -> Vec<Answer> {
     let (mut answers, mut left) = (Vec::new(), Vec::new());
     let mut reads = reads;
     loop {
@@ -242,15 +257,67 @@ async fn read(env: &Env, replica: &Arc<Replica>, reads: Vec<(u64, Read)>, now: u
     if left.is_empty() {
         return answers;
     }
-    let ids: Vec<u64> = left.iter().map(|(id, _)| *id).collect();
-    let from = replica.clone();
-    let looked = env.blocking(move || look(&from, left, Reach::Disk, now)).await;
-    match looked {
-        Ok((more, _)) => answers.extend(more),
-        Err(_) => answers
-            .extend(ids.into_iter().map(|id| failed(id, failure(FailureCode::Internal, "the read failed", None)))),
-    }
+    let parts = in_parts(left, pace.readers());
+    let looking = parts.into_iter().map(|part| look_further(env, replica, part, now, pace));
+    futures::future::join_all(looking).await.into_iter().for_each(|more| append(&mut answers, more));
     answers
+}
+
+/// Reads on a thread that may wait for the disk.
+async fn look_further(
+    env: &Env,
+    replica: &Arc<Replica>,
+    reads: Vec<(u64, Read)>,
+    now: u64,
+    pace: &Arc<Pace>,
+) -> Vec<Answer> {
+    let ids: Vec<u64> = reads.iter().map(|(id, _)| *id).collect();
+    let (replica, pace) = (replica.clone(), pace.clone());
+    let looking = move || {
+        let (begin, rows) = (Instant::now(), reads.len());
+        let looked = look(&replica, reads, Reach::Disk, now);
+        pace.took(rows, begin.elapsed());
+        looked
+    };
+    match env.blocking(looking).await {
+        Ok((answers, _)) => answers,
+        Err(_) => {
+            let failed = |id| failed(id, failure(FailureCode::Internal, "the read failed", None));
+            ids.into_iter().map(failed).collect()
+        }
+    }
+}
+
+/// How long a store's reads beyond memory take.
+#[derive(Default)]
+struct Pace {
+    /// Nanoseconds a row, smoothed.
+    row: AtomicU64,
+}
+
+impl Pace {
+    /// How many threads share those of a message.
+    fn readers(&self) -> usize {
+        (self.row.load(Relaxed) / READ_PART.as_nanos() as u64).clamp(1, READERS) as usize
+    }
+
+    /// So many rows took one thread so long.
+    fn took(&self, rows: usize, time: Duration) {
+        let row = time.as_nanos() as u64 / rows.max(1) as u64;
+        // Those of two threads at the same time may count as one.
+        self.row.store((self.row.load(Relaxed) * 7 + row) / 8, Relaxed);
+    }
+}
+
+/// Shares out to so many at most, evenly.
+fn in_parts<T>(mut all: Vec<T>, most: usize) -> Vec<Vec<T>> {
+    let share = all.len().div_ceil(most);
+    let mut parts = Vec::new();
+    while !all.is_empty() {
+        let rest = all.split_off(all.len().min(share));
+        parts.push(std::mem::replace(&mut all, rest));
+    }
+    parts
 }
 
 /// All of `more` behind `all`; without a copy where there is nothing yet.
@@ -433,5 +500,36 @@ where
             return Poll::Ready(Some(Ok(Batch { operations: Vec::new(), answers: first })));
         }
         if this.messages.is_none() && this.working.is_empty() { Poll::Ready(None) } else { Poll::Pending }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_beyond_memory_are_shared_out_to_more_threads_the_longer_they_take() {
+        let micros = |row: u64, rows: u64| Duration::from_micros(row * rows);
+        let pace = Pace::default();
+        let mut readers = Vec::new();
+        for row in [20, 80, 1_000, 10] {
+            (0..100).for_each(|_| pace.took(16, micros(row, 16)));
+            readers.push(pace.readers());
+        }
+        assert_eq!(readers, [1, 3, 4, 1]);
+    }
+
+    #[test]
+    fn each_is_in_one_part() {
+        let lengths = |all: usize, most| {
+            let parts = in_parts((0..all).collect(), most);
+            assert_eq!(parts.concat(), (0..all).collect::<Vec<_>>());
+            parts.iter().map(Vec::len).collect::<Vec<_>>()
+        };
+        assert_eq!(lengths(0, 4), [0; 0]);
+        assert_eq!(lengths(3, 4), [1, 1, 1]);
+        assert_eq!(lengths(16, 4), [4, 4, 4, 4]);
+        assert_eq!(lengths(9, 4), [3, 3, 3]);
+        assert_eq!(lengths(5, 1), [5]);
     }
 }
