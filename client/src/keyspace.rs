@@ -589,7 +589,12 @@ impl Keyspace {
     /// Waits for the answer of a first try; `None`: it needs more than that.
     async fn first(&self, op: &Prepared, tried: &mut Try, deadline: Instant) -> Option<Outcome> {
         let ticket = tried.ticket.as_mut().ok()?;
-        match timeout_at(tried.until.min(deadline), ticket).await.ok()? {
+        // The answers of a message come together: only the first of them needs a timer.
+        let reply = match ticket.now_or_never() {
+            Some(reply) => reply,
+            None => timeout_at(tried.until.min(deadline), ticket).await.ok()?,
+        };
+        match reply {
             Ok(Some(result)) if !matches!(result, answer::Result::Failure(_)) => {
                 let outcome = self.outcome(op, tried, result);
                 // `drive` says that it does not fit.

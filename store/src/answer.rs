@@ -40,8 +40,8 @@ const READ_AT_ONCE: usize = 256;
 /// A message's reads beyond memory are shared out to so many threads at most, so that the disk has several of them at
 /// once.
 const READERS: u64 = 4;
-/// There is a thread for each such part of what one of those reads takes. Those that come from the system's page cache
-/// take less than two, and are best read by one thread.
+/// There is a thread for each such part of what one of those reads takes. Small rows that come from the system's page
+/// cache take less than two, and are best read by one thread.
 const READ_PART: Duration = Duration::from_micros(25);
 
 /// Answers operations. Cheap to clone.
@@ -228,13 +228,7 @@ impl Work {
 }
 
 /// Reads what memory has on the spot, and the rest on threads that may wait for the disk.
-async fn read(
-    env: &Env,
-    replica: &Arc<Replica>,
-    reads: Vec<(u64, Read)>,
-    now: u64,
-    pace: &Arc<Pace>,
-) -> Vec<Answer> {
+async fn read(env: &Env, replica: &Arc<Replica>, reads: Vec<(u64, Read)>, now: u64, pace: &Arc<Pace>) -> Vec<Answer> {
     let (mut answers, mut left) = (Vec::new(), Vec::new());
     let mut reads = reads;
     loop {
@@ -517,6 +511,25 @@ mod tests {
             readers.push(pace.readers());
         }
         assert_eq!(readers, [1, 3, 4, 1]);
+    }
+
+    #[tokio::test]
+    async fn all_that_is_read_beyond_memory_is_answered_whoever_reads_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let keys: Vec<Bytes> = (0..20).map(|n| Bytes::from(format!("key-{n}"))).collect();
+        let replica = crate::tests::with_rows(dir.path(), &keys[..15]).await;
+        let reads = keys
+            .iter()
+            .zip(0..)
+            .map(|(key, id)| (id, Read { key: key.clone(), hash: partition_hash(key), head: false }));
+        let pace = Arc::new(Pace { row: AtomicU64::new(1_000_000) });
+        assert_eq!(pace.readers() as u64, READERS);
+        let answers = read(&Env::real(), &replica, reads.collect(), 1, &pace).await;
+        assert_ne!(pace.row.load(Relaxed), 1_000_000, "none was beyond memory");
+        let mut found: Vec<_> =
+            answers.iter().map(|a| (a.id, matches!(a.result, Some(answer::Result::Found(_))))).collect();
+        found.sort();
+        assert_eq!(found, (0..20).map(|id| (id, id < 15)).collect::<Vec<_>>());
     }
 
     #[test]

@@ -71,6 +71,18 @@ fn open(dir: &Path, topology: &Arc<Topology>) -> Arc<Replica> {
     Replica::open(dir, topology.clone(), settings(), &context()).unwrap()
 }
 
+/// One that was opened with these keys in its files, and nothing in memory.
+pub(crate) async fn with_rows(dir: &Path, keys: &[Bytes]) -> Arc<Replica> {
+    let topology = stable(1, &[&[ME]]);
+    let replica = open(dir, &topology);
+    for key in keys {
+        put(&replica, std::str::from_utf8(key).unwrap()).await.unwrap();
+    }
+    replica.stop().await;
+    drop(replica);
+    open(dir, &topology)
+}
+
 /// The files as SIGKILL would leave them now: what was written, nothing more.
 fn crashed(dir: &Path) -> tempfile::TempDir {
     let copy = tempfile::tempdir().unwrap();

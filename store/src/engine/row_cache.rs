@@ -19,8 +19,8 @@ const PARTS: usize = 64;
 const LONGEST: usize = 4 << 10;
 /// What a row takes besides its key and record.
 const OVERHEAD: usize = 128;
-/// A row that was written so often since it was last read goes: by then, to keep it has cost about as much as to read it
-/// once more from the database would.
+/// A row that was written so often since it was last read goes with the next write: by then, to keep it has cost about as
+/// much as to read it once more from the database would.
 const WRITES_UNREAD: u8 = 16;
 /// What rows have on the whole, for the length of the list of those that were there once.
 const USUAL: usize = 256;
@@ -133,13 +133,21 @@ impl RowCache {
         let mut part = self.part(wanted.hash);
         part.writes += 1;
         let Some(mut kept) = part.rows.peek_mut(&wanted) else { return };
-        match row {
-            Some((seq, record)) if fits(key, record) && kept.writes.get() < WRITES_UNREAD => {
+        let writes = kept.writes.get() + 1;
+        match row.filter(|(_, record)| fits(key, record) && writes <= WRITES_UNREAD) {
+            Some((seq, record)) if record.len() == kept.row.record.len() => {
                 let before = std::mem::take(&mut kept.row.record);
                 kept.row = Row { seq, record: in_place_of(before, record) };
-                *kept.writes.get_mut() += 1;
+                kept.writes.set(writes);
             }
-            _ => {
+            Some((seq, record)) => {
+                drop(kept);
+                let row = Row { seq, record: Bytes::copy_from_slice(record) };
+                // The cache makes room for it; or drops it, with what was there.
+                let key = Key { hash: wanted.hash, database, key: key.into() };
+                let _ = part.rows.replace(key, Kept { row, writes: Cell::new(writes) }, true);
+            }
+            None => {
                 drop(kept);
                 part.rows.remove(&wanted);
             }
@@ -163,14 +171,14 @@ fn fits(key: &[u8], record: &[u8]) -> bool {
     key.len() + record.len() <= LONGEST
 }
 
-/// The record, in the memory of the one before if it is as long and no reader still has that.
+/// The record, in the memory of the one before, which is as long, unless a reader still has that.
 fn in_place_of(before: Bytes, record: &[u8]) -> Bytes {
     match before.try_into_mut() {
-        Ok(mut memory) if memory.len() == record.len() => {
+        Ok(mut memory) => {
             memory.copy_from_slice(record);
             memory.freeze()
         }
-        _ => Bytes::copy_from_slice(record),
+        Err(_) => Bytes::copy_from_slice(record),
     }
 }
 
@@ -321,5 +329,10 @@ mod tests {
         }
         let bytes = rows.usage().bytes;
         assert!((1 << 19..=1 << 20).contains(&bytes), "{bytes}");
+        for n in 0..100_000 {
+            rows.wrote(0, format!("key-{n}").as_bytes(), Some((n, &[0; 3_000])));
+        }
+        let bytes = rows.usage().bytes;
+        assert!((1 << 18..=1 << 20).contains(&bytes), "{bytes} after rows have grown");
     }
 }
