@@ -32,6 +32,10 @@ use peers::Peer;
 use report::{Machine, Measured, Report};
 use vasto::{Setup, Vasto};
 
+/// The store's, so that RocksDB embedded differs from it in nothing else; redis-benchmark has one of its own too.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// Needed for a full run, with room for compaction.
 const FREE_DISK: u64 = 6 << 30;
 /// The parts of a run that are no comparisons of rates.
