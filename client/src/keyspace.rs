@@ -148,7 +148,7 @@ impl Wired {
     pub(crate) fn pick(&self, shard: u32, attempt: &Attempt) -> Option<(&Candidate, &Arc<Link>)> {
         let candidates = self.route.candidates(shard);
         let links = self.links.get(shard as usize)?;
-        let index = attempt.pick(candidates.iter().zip(links).map(|(c, l)| (c.replica, l.pipe.suspect())))?;
+        let index = attempt.pick(candidates.iter().zip(links).map(|(c, l)| (c.replica, l.suspect())))?;
         Some((&candidates[index], &links[index]))
     }
 
@@ -544,8 +544,9 @@ impl Keyspace {
                 }
                 Err(operations) => operations,
             };
-            let until = Instant::now() + link.pipe.patience();
-            let tickets = link.pipe.submit(operations);
+            let pipe = link.pipe();
+            let until = Instant::now() + pipe.patience();
+            let tickets = pipe.submit(operations);
             for ((index, shard, replica), ticket) in places.into_iter().zip(tickets) {
                 let (wired, link) = (wired.clone(), link.clone());
                 tries.push((index, Try { wired, shard, replica, link, ticket, reply: None, until }));
@@ -616,8 +617,9 @@ impl Keyspace {
         let (candidate, link) = wired.pick(shard, attempt).ok_or_else(nobody)?;
         let after = self.shared.session().after(shard, candidate.replica);
         let operation = op.operation(&wired.uid, shard, wired.route.size(), after);
-        let until = Instant::now() + link.pipe.patience();
-        let ticket = link.pipe.submit_one(operation);
+        let pipe = link.pipe();
+        let until = Instant::now() + pipe.patience();
+        let ticket = pipe.submit_one(operation);
         let (replica, link) = (candidate.replica, link.clone());
         Ok(Try { wired: wired.clone(), shard, replica, link, ticket, reply: None, until })
     }
@@ -635,7 +637,7 @@ impl Keyspace {
                 // A shard's only replica is given all the time there is.
                 let only = tried.wired.route.candidates(tried.shard).len() == 1;
                 let until = if only { deadline } else { tried.until.min(deadline) };
-                match wait(op.kind, ticket, until, deadline, &tried.link).await {
+                match wait(op.kind, ticket, until, deadline).await {
                     Some(reply) => reply,
                     None => {
                         let sent = ticket.is_pending();
@@ -750,7 +752,6 @@ async fn wait(
     ticket: &mut Ticket,
     until: Instant,
     deadline: Instant,
-    link: &Link,
 ) -> Option<Result<Option<answer::Result>, Broken>> {
     if let Ok(reply) = timeout_at(until, &mut *ticket).await {
         return Some(reply);
@@ -758,7 +759,7 @@ async fn wait(
     if ticket.take_back() {
         return None;
     }
-    link.pipe.late();
+    ticket.late();
     if kind != Kind::Read
         && until < deadline
         && let Ok(reply) = timeout_at(deadline, &mut *ticket).await

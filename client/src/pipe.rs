@@ -1,4 +1,4 @@
-//! The hot path to one store: one `Pipe` stream that carries as many operations
+//! The hot path to one store: a `Pipe` stream that carries as many operations
 //! a message as were waiting. The connection itself pulls from the queue when it
 //! can send, so what queues meanwhile is the next message, and a lone caller
 //! waits for nothing. An operation that still stands in the queue was provably
@@ -8,7 +8,7 @@ use std::collections::{HashMap, VecDeque};
 use std::future::Future;
 use std::hash::{BuildHasherDefault, Hasher};
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
@@ -76,6 +76,8 @@ struct Shared {
     suspect: AtomicBool,
     /// Smoothed time to an answer, in microseconds.
     pace: AtomicU64,
+    /// `State::load`, as it was last; read without a lock.
+    load: AtomicUsize,
 }
 
 struct Queued {
@@ -163,6 +165,11 @@ impl State {
         operations
     }
 
+    /// How many operations are queued or on their way.
+    fn load(&self) -> usize {
+        self.queue.len() + self.flights.len()
+    }
+
     /// Forgets an operation; says whether it may have been sent.
     fn withdraw(&mut self, id: u64) -> bool {
         match self.queue.binary_search_by_key(&id, |q| q.operation.id) {
@@ -185,6 +192,11 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn withdraw(&self, state: &mut State, id: u64) {
+        state.withdraw(id);
+        self.load.store(state.load(), Relaxed);
+    }
+
     fn suspect_until(&self, state: &mut State, until: Option<Instant>) {
         state.suspect_until = until;
         self.suspect.store(until.is_some(), Relaxed);
@@ -201,6 +213,7 @@ impl Shared {
                 }
             }
             self.suspect_until(&mut state, None);
+            self.load.store(state.load(), Relaxed);
         }
         if let Some((first, _)) = done.first() {
             // Only this connection's task writes it.
@@ -221,6 +234,7 @@ impl Shared {
             state.closed = closed;
             state.queued_bytes = 0;
             self.suspect_until(&mut state, Some(Instant::now() + pause));
+            self.load.store(0, Relaxed);
             (std::mem::take(&mut state.queue), std::mem::take(&mut state.flights), state.sender.take())
         };
         // So that it sees that it is over, and lets go of the connection.
@@ -380,6 +394,7 @@ impl Pipe {
     }
 
     fn wake(&self, mut state: MutexGuard<'_, State>) {
+        self.shared.load.store(state.load(), Relaxed);
         let (sender, connected) = (state.sender.take(), state.connected);
         drop(state);
         match sender {
@@ -387,6 +402,11 @@ impl Pipe {
             None if !connected => self.shared.work.notify_one(),
             None => {}
         }
+    }
+
+    /// How many operations are queued or on their way.
+    pub(crate) fn load(&self) -> usize {
+        self.shared.load.load(Relaxed)
     }
 
     /// Whether other replicas should be asked first, since this store lately could not be
@@ -412,13 +432,6 @@ impl Pipe {
         true
     }
 
-    /// Notes that this store did not answer in time.
-    pub(crate) fn late(&self) {
-        let mut state = self.shared.state();
-        let until = state.suspect_until.max(Some(Instant::now() + SUSPECT));
-        self.shared.suspect_until(&mut state, until);
-    }
-
     /// How long to wait for an answer before another replica is asked:
     /// about a second, longer where the store is known to take longer.
     pub(crate) fn patience(&self) -> Duration {
@@ -441,7 +454,7 @@ impl Ticket {
         let mut state = self.shared.state();
         let waiting = state.queue.binary_search_by_key(&self.id, |q| q.operation.id).is_ok();
         if waiting {
-            state.withdraw(self.id);
+            self.shared.withdraw(&mut state, self.id);
             self.reply = None;
         }
         waiting
@@ -449,6 +462,13 @@ impl Ticket {
 }
 
 impl Ticket {
+    /// Notes that its store did not answer in time.
+    pub(crate) fn late(&self) {
+        let mut state = self.shared.state();
+        let until = state.suspect_until.max(Some(Instant::now() + SUSPECT));
+        self.shared.suspect_until(&mut state, until);
+    }
+
     /// Whether it was sent and its answer can still come.
     pub(crate) fn is_pending(&self) -> bool {
         self.reply.is_some()
@@ -472,7 +492,7 @@ impl Future for Ticket {
 impl Drop for Ticket {
     fn drop(&mut self) {
         if self.reply.is_some() {
-            self.shared.state().withdraw(self.id);
+            self.shared.withdraw(&mut self.shared.state(), self.id);
         }
     }
 }
