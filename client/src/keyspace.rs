@@ -544,9 +544,8 @@ impl Keyspace {
                 }
                 Err(operations) => operations,
             };
-            let pipe = link.pipe();
-            let until = Instant::now() + pipe.patience();
-            let tickets = pipe.submit(operations);
+            let until = Instant::now() + link.patience();
+            let tickets = link.pipe().submit(operations);
             for ((index, shard, replica), ticket) in places.into_iter().zip(tickets) {
                 let (wired, link) = (wired.clone(), link.clone());
                 tries.push((index, Try { wired, shard, replica, link, ticket, reply: None, until }));
@@ -617,9 +616,8 @@ impl Keyspace {
         let (candidate, link) = wired.pick(shard, attempt).ok_or_else(nobody)?;
         let after = self.shared.session().after(shard, candidate.replica);
         let operation = op.operation(&wired.uid, shard, wired.route.size(), after);
-        let pipe = link.pipe();
-        let until = Instant::now() + pipe.patience();
-        let ticket = pipe.submit_one(operation);
+        let until = Instant::now() + link.patience();
+        let ticket = link.pipe().submit_one(operation);
         let (replica, link) = (candidate.replica, link.clone());
         Ok(Try { wired: wired.clone(), shard, replica, link, ticket, reply: None, until })
     }

@@ -78,6 +78,8 @@ struct Shared {
     pace: AtomicU64,
     /// `State::load`, as it was last; read without a lock.
     load: AtomicUsize,
+    /// A connection serves.
+    up: AtomicBool,
 }
 
 struct Queued {
@@ -235,6 +237,7 @@ impl Shared {
             state.queued_bytes = 0;
             self.suspect_until(&mut state, Some(Instant::now() + pause));
             self.load.store(0, Relaxed);
+            self.up.store(false, Relaxed);
             (std::mem::take(&mut state.queue), std::mem::take(&mut state.flights), state.sender.take())
         };
         // So that it sees that it is over, and lets go of the connection.
@@ -283,6 +286,7 @@ impl Shared {
             let mut state = self.state();
             self.suspect_until(&mut state, None);
             state.failures = 0;
+            self.up.store(true, Relaxed);
         }
         tracing::debug!(address, "connected to a store");
         let read = async {
@@ -407,6 +411,21 @@ impl Pipe {
     /// How many operations are queued or on their way.
     pub(crate) fn load(&self) -> usize {
         self.shared.load.load(Relaxed)
+    }
+
+    /// Whether there is a connection that serves.
+    pub(crate) fn is_up(&self) -> bool {
+        self.shared.up.load(Relaxed)
+    }
+
+    /// Connects although nothing is queued, unless that has failed a moment ago.
+    pub(crate) fn connect(&self) {
+        let mut state = self.shared.state();
+        let rests = state.suspect_until.is_some_and(|until| Instant::now() < until);
+        if !state.connected && !rests {
+            state.probe = true;
+            self.wake(state);
+        }
     }
 
     /// Whether other replicas should be asked first, since this store lately could not be

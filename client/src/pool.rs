@@ -3,6 +3,7 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::Duration;
 
 use futures::future::BoxFuture;
 use tonic::transport::Channel;
@@ -25,15 +26,28 @@ pub(crate) struct Link {
 }
 
 impl Link {
-    /// The pipe that has less to do. The second connects only once there is something in the first.
+    /// The pipe for what comes next; see `choose`.
     pub(crate) fn pipe(&self) -> &Pipe {
-        let [first, second] = &self.pipes;
-        if second.load() < first.load() { second } else { first }
+        let (load, up) = (self.pipes.each_ref().map(Pipe::load), self.pipes.each_ref().map(Pipe::is_up));
+        let chosen = choose(load, up);
+        let other = 1 - chosen;
+        if load[other] < load[chosen] {
+            self.pipes[other].connect();
+        }
+        &self.pipes[chosen]
     }
 
-    /// Whether other replicas should be asked first; see `Pipe::suspect`.
+    /// Whether other replicas should be asked first; see `Pipe::suspect`. A pipe that has to connect does not count
+    /// while the other serves.
     pub(crate) fn suspect(&self) -> bool {
-        self.pipes.iter().any(Pipe::suspect)
+        let serves = self.pipes.iter().any(Pipe::is_up);
+        self.pipes.iter().filter(|pipe| pipe.is_up() || !serves).any(Pipe::suspect)
+    }
+
+    /// How long to wait for an answer; see `Pipe::patience`.
+    pub(crate) fn patience(&self) -> Duration {
+        let [first, second] = self.pipes.each_ref().map(Pipe::patience);
+        first.max(second)
     }
 
     /// A client for scans, inspection and compaction.
@@ -56,6 +70,12 @@ impl Link {
             None => Err(operations),
         }
     }
+}
+
+/// Which of two pipes: the one that has less to do, but none that has to connect first while the other serves.
+fn choose(load: [usize; 2], up: [bool; 2]) -> usize {
+    let less = usize::from(load[1] < load[0]);
+    if up[1 - less] && !up[less] { 1 - less } else { less }
 }
 
 /// All links of a client.
@@ -90,6 +110,15 @@ impl Pool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_pipe_that_has_to_connect_is_not_chosen_while_the_other_serves() {
+        let all = [[false, false], [true, true], [true, false], [false, true]];
+        let chosen = |load| all.map(|up| choose(load, up));
+        assert_eq!(chosen([0, 0]), [0, 0, 0, 1]);
+        assert_eq!(chosen([2, 1]), [1, 1, 0, 1]);
+        assert_eq!(chosen([1, 2]), [0, 0, 0, 1]);
+    }
 
     #[tokio::test]
     async fn operations_go_by_the_pipe_that_has_less_to_do() {

@@ -134,7 +134,10 @@ async fn load(args: &Load) -> anyhow::Result<Sample> {
     if let Some(Err(error)) = first.next().await {
         return Err(error).context("the first scan");
     }
-    for answer in keyspace.batch((0..256).map(|n| Op::get(data::key(n)))).await {
+    let gets = || keyspace.batch((0..256).map(|n| Op::get(data::key(n))));
+    // Two at once, since there are two connections to a store.
+    let (one, other) = futures::join!(gets(), gets());
+    for answer in one.into_iter().chain(other) {
         answer.context("the first gets")?;
     }
     let before = own_cpu();
