@@ -98,6 +98,16 @@ async fn what_waits_shares_messages() {
     }
     let messages = cluster.gauge(0).messages.lock().unwrap().len();
     assert!(messages < 10_000, "20000 operations took {messages} messages");
+    assert_eq!(*cluster.gauge(0).streams.borrow(), 2, "two streams, and no more");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lone_caller_needs_one_stream() {
+    let cluster = Cluster::start(1, 1, 1);
+    let map = cluster.map().await;
+    for n in 0..100 {
+        map.put(format!("k{n}"), "v").await.unwrap();
+    }
     assert_eq!(*cluster.gauge(0).streams.borrow(), 1);
 }
 
