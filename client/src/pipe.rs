@@ -420,9 +420,15 @@ impl Pipe {
 
     /// Connects although nothing is queued, unless that has failed a moment ago.
     pub(crate) fn connect(&self) {
-        let mut state = self.shared.state();
-        let rests = state.suspect_until.is_some_and(|until| Instant::now() < until);
-        if !state.connected && !rests {
+        let state = self.shared.state();
+        if state.suspect_until.is_none_or(|until| Instant::now() >= until) {
+            self.probe(state);
+        }
+    }
+
+    /// Connects, unless there is a connection or one is being made.
+    fn probe(&self, mut state: MutexGuard<'_, State>) {
+        if !state.connected {
             state.probe = true;
             self.wake(state);
         }
@@ -444,10 +450,7 @@ impl Pipe {
             self.shared.suspect_until(&mut state, None);
             return false;
         }
-        if !state.connected {
-            state.probe = true;
-            self.wake(state);
-        }
+        self.probe(state);
         true
     }
 
