@@ -148,6 +148,26 @@ impl Topology {
         found
     }
 
+    /// Whom a candidate copies before it is born: of each shard that must be copied, those of its replicas that
+    /// are sources, serving ones first; one of them will do. `None`: no view names the candidate. Empty: there
+    /// is nothing to copy. A shard without any is left out: its loss was accepted, or what it handed over was
+    /// lost afterwards, and that was.
+    pub fn origins(&self, candidate: u64) -> Option<Vec<Vec<&Assignment>>> {
+        let (place, before) =
+            self.wants().into_iter().find_map(|(view, before)| Some((view?.place(candidate)?, before)))?;
+        let sources = self.sources(candidate);
+        // Late, after the change ended, its shard's others have all of it.
+        let Some(view) = before.or(self.current.as_ref()) else { return Some(Vec::new()) };
+        let needed = (0..view.size()).filter(|shard| shards_meet(*shard, view.size(), place.shard, place.shards));
+        let groups = needed.map(|shard| {
+            let mut group: Vec<_> = view.places().filter(|p| p.shard == shard).map(|p| p.assignment).collect();
+            group.retain(|a| sources.iter().any(|s| s.assignment.replica == a.replica));
+            group.sort_by_key(|a| !a.serving);
+            group
+        });
+        Some(groups.filter(|group| !group.is_empty()).collect())
+    }
+
     /// Whether `follower` must follow `source`.
     pub fn is_source(&self, source: u64, follower: u64) -> bool {
         self.sources(follower).iter().any(|p| p.assignment.replica == source)
@@ -216,5 +236,30 @@ mod tests {
         assert!(topology.is_source(1, 2) && topology.is_source(2, 1), "of what they still own they are copies");
         topology.clean = vec![1, 2];
         assert_eq!(sources(&topology), [4]);
+    }
+
+    #[test]
+    fn a_candidate_copies_each_shard_from_who_still_has_it() {
+        let mut topology = Topology {
+            phase: Phase::Cleanup.into(),
+            previous: view(&[&[1, 2], &[3, 4], &[5]]),
+            current: view(&[&[1], &[3], &[5], &[6]]),
+            ..Topology::default()
+        };
+        if let Some(place) = topology.previous.iter_mut().flat_map(|v| &mut v.shards[0].replicas).next() {
+            place.serving = false;
+        }
+        let origins = |t: &Topology, id| {
+            let ids = |group: &Vec<&Assignment>| group.iter().map(|a| a.replica).collect::<Vec<_>>();
+            t.origins(id).map(|groups| groups.iter().map(ids).collect::<Vec<_>>())
+        };
+        assert_eq!(origins(&topology, 6), Some(vec![vec![2, 1], vec![3, 4], vec![5]]), "serving ones first");
+        assert_eq!(origins(&topology, 7), None);
+        topology.clean = vec![3, 5];
+        let left = Some(vec![vec![2, 1], vec![4]]);
+        assert_eq!(origins(&topology, 6), left, "who deletes what it handed over has nothing to give");
+        topology = Topology { phase: Phase::Stable.into(), current: view(&[&[1], &[3, 7]]), ..Topology::default() };
+        assert_eq!(origins(&topology, 7), Some(vec![vec![3]]), "late");
+        assert_eq!(origins(&topology, 1), Some(vec![]));
     }
 }

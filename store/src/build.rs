@@ -12,8 +12,7 @@ use bytes::Bytes;
 use tokio::sync::mpsc;
 use tokio_util::task::AbortOnDropHandle;
 use vasto_client::env::Env;
-use vasto_client::hash::shards_meet;
-use vasto_client::v1::{Position, SnapshotFile, SnapshotRequired, Topology, View};
+use vasto_client::v1::{Position, SnapshotFile, SnapshotRequired, Topology};
 
 use crate::engine::{self, Batch, Engine, Storage};
 use crate::join::join;
@@ -64,19 +63,16 @@ impl Building {
         let mut updates = keyspace.updates();
         for attempt in 0u32.. {
             let topology = keyspace.topology();
-            let groups = match groups(&topology, self.id) {
-                None => {
-                    // Not named yet; or never again, then the topology drops it.
-                    if updates.changed().await.is_err() {
-                        return false;
-                    }
-                    continue;
+            let Some(groups) = topology.origins(self.id) else {
+                // Not named yet; or never again, then the topology drops it.
+                if updates.changed().await.is_err() {
+                    return false;
                 }
-                Some(groups) => groups,
+                continue;
             };
             // Another replica of each shard each time one fails.
-            let from: Vec<Origin> =
-                groups.iter().map(|members| members[attempt as usize % members.len()].clone()).collect();
+            let chosen = groups.iter().map(|members| members[attempt as usize % members.len()]);
+            let from = chosen.map(|a| Origin { replica: a.replica, store: a.store.clone() }).collect();
             self.progress.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clear();
             match self.attempt(keyspace, storage, &topology, from).await {
                 Ok(()) => return true,
@@ -397,35 +393,4 @@ fn merge_into_files(
         files.push(last.finish()?);
     }
     Ok(files)
-}
-
-/// From whom a candidate copies: for each shard that must be copied, the
-/// replicas that have it, serving ones first. `None`: the topology names no
-/// place for the candidate. Empty: there is nothing to copy.
-fn groups(topology: &Topology, id: u64) -> Option<Vec<Vec<Origin>>> {
-    let (place, before) =
-        [(topology.next.as_ref(), topology.current.as_ref()), (topology.current.as_ref(), topology.previous.as_ref())]
-            .into_iter()
-            .find_map(|(view, before)| Some((view?.place(id)?, before)))?;
-    let members = |view: &View, shard: u32| {
-        let mut members: Vec<_> = view
-            .places()
-            .filter(|p| p.shard == shard && p.assignment.replica != 0 && p.assignment.replica != id)
-            .map(|p| {
-                (!p.assignment.serving, Origin { replica: p.assignment.replica, store: p.assignment.store.clone() })
-            })
-            .collect();
-        members.sort_by_key(|(away, _)| *away);
-        members.into_iter().map(|(_, from)| from).collect::<Vec<_>>()
-    };
-    let groups = match before {
-        Some(before) => (0..before.size())
-            .filter(|i| shards_meet(*i, before.size(), place.shard, place.shards))
-            .map(|i| members(before, i))
-            .collect(),
-        // Late, after the change ended: its shard's others have all of it.
-        None => topology.current.iter().map(|view| members(view, place.shard)).collect::<Vec<_>>(),
-    };
-    // A shard without any copy has nothing to give; its loss was accepted.
-    Some(groups.into_iter().filter(|members| !members.is_empty()).collect())
 }

@@ -4,7 +4,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
-use vasto_client::hash::{jump_hash, partition_hash, shards_meet};
+use vasto_client::hash::{jump_hash, partition_hash};
 use vasto_client::topology::Place;
 use vasto_client::v1::{
     Disk, KeyspaceReport, Phase, ReplicaReport, SourceReport, StoreReport, StoreUpdate, Topology, View,
@@ -264,7 +264,7 @@ impl World {
             }
         }
         let empty: Vec<u64> = held.replicas.iter().filter(|(_, r)| !r.born).map(|(id, _)| *id).collect();
-        for id in empty.into_iter().filter(|id| !holds.births && groups(&t, *id).is_some_and(|g| g.is_empty())) {
+        for id in empty.into_iter().filter(|id| !holds.births && t.origins(*id).is_some_and(|g| g.is_empty())) {
             let epoch = self.id();
             if let Some(replica) = held.replicas.get_mut(&id) {
                 (replica.born, replica.epoch) = (true, epoch);
@@ -335,8 +335,8 @@ impl World {
         if replica.born && replica.positions.get(&source_id) == Some(&position) {
             return false;
         }
-        let Some(groups) = groups(t, id).or_else(|| replica.born.then(Vec::new)) else { return false };
-        if !replica.born && !groups.iter().flatten().any(|g| *g == source_id) {
+        let Some(groups) = t.origins(id).or_else(|| replica.born.then(Vec::new)) else { return false };
+        if !replica.born && !groups.iter().flatten().any(|a| a.replica == source_id) {
             return false;
         }
         let mut copied = 0;
@@ -347,7 +347,7 @@ impl World {
             }
         }
         replica.positions.insert(source_id, position);
-        let complete = groups.iter().all(|g| g.iter().any(|id| replica.positions.contains_key(id)));
+        let complete = groups.iter().all(|g| g.iter().any(|a| replica.positions.contains_key(&a.replica)));
         if !replica.born && complete {
             (replica.born, replica.epoch) = (true, epoch);
         }
@@ -624,22 +624,4 @@ impl Replica {
         }
         changed
     }
-}
-
-/// From whom a candidate must copy before it is born, one of each group. `None`: no view names it.
-fn groups(t: &Topology, id: u64) -> Option<Vec<Vec<u64>>> {
-    let pairs = [(t.next.as_ref(), t.current.as_ref()), (t.current.as_ref(), t.previous.as_ref())];
-    let (place, before) = pairs.into_iter().find_map(|(view, before)| Some((view?.place(id)?, before)))?;
-    let members = |view: &View, shard| -> Vec<u64> {
-        let same = view.places().filter(|p| p.shard == shard).map(|p| p.assignment.replica);
-        same.filter(|r| *r != 0 && *r != id).collect()
-    };
-    let groups: Vec<Vec<u64>> = match before {
-        Some(before) => (0..before.size())
-            .filter(|i| shards_meet(*i, before.size(), place.shard, place.shards))
-            .map(|i| members(before, i))
-            .collect(),
-        None => t.current.iter().map(|v| members(v, place.shard)).collect(),
-    };
-    Some(groups.into_iter().filter(|g| !g.is_empty()).collect())
 }

@@ -123,6 +123,18 @@ fn rest(sim: &mut Sim) {
     sim.settled();
 }
 
+/// Three shards in two copies become four in one. While old owners are drained the only owner of the new shard
+/// loses its volume, though others have deleted what they had handed over to it.
+#[test]
+fn the_sole_owner_dies_when_some_have_cleaned() {
+    use Event::{Die, Round, Rounds, Scale, Tick, Unlink, Wipe, Write};
+    let mut sim = Sim::in_use(3, 2);
+    let tick = || Tick { behind: false };
+    let write = Write { key: 0, stale: 0, which: 0 };
+    play(&mut sim, &[tick(), Scale(4, 1), write, Round, Rounds(5), tick(), Unlink(4), Round, Die(0), Round, Wipe(3)]);
+    rest(&mut sim);
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { max_shrink_iters: 4_000, failure_persistence: None, ..ProptestConfig::default() })]
 

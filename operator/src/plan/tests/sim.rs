@@ -464,7 +464,7 @@ impl Sim {
         let births: Vec<u64> = store
             .replicas
             .iter()
-            .filter(|(id, r)| !r.born && groups(&t, **id).is_some_and(|g| g.is_empty()))
+            .filter(|(id, r)| !r.born && t.origins(**id).is_some_and(|g| g.is_empty()))
             .map(|(id, _)| *id)
             .collect();
         for id in births {
@@ -557,7 +557,7 @@ impl Sim {
                 copied += 1;
             }
         };
-        let groups = groups(&t, *id);
+        let groups = t.origins(*id);
         let end = source.log.len();
         let position = replica.positions.get(source_id).filter(|p| p.0 == source.epoch).map(|p| p.1);
         match position {
@@ -570,14 +570,14 @@ impl Sim {
             }
             _ => {
                 let Some(groups) = groups else { return };
-                if !replica.born && !groups.iter().flatten().any(|g| g == source_id) {
+                if !replica.born && !groups.iter().flatten().any(|a| a.replica == *source_id) {
                     return;
                 }
                 for w in source.has.iter().filter(|w| ships(w)) {
                     learn(replica, *w);
                 }
                 replica.positions.insert(*source_id, (source.epoch, end, end));
-                let complete = groups.iter().all(|g| g.iter().any(|id| replica.positions.contains_key(id)));
+                let complete = groups.iter().all(|g| g.iter().any(|a| replica.positions.contains_key(&a.replica)));
                 if !replica.born && complete {
                     (replica.born, replica.epoch) = (true, epoch);
                 }
@@ -803,27 +803,6 @@ impl Store {
             replicas: self.replicas.iter().map(report).collect(),
         })
     }
-}
-
-/// From whom a candidate must copy before it is born, one of each group; as stores have it.
-fn groups(t: &Topology, id: u64) -> Option<Vec<Vec<u64>>> {
-    let pairs = [(t.next.as_ref(), t.current.as_ref()), (t.current.as_ref(), t.previous.as_ref())];
-    let (place, before) = pairs.into_iter().find_map(|(view, before)| Some((view?.place(id)?, before)))?;
-    let members = |view: &View, shard| -> Vec<u64> {
-        view.places()
-            .filter(|p| p.shard == shard)
-            .map(|p| p.assignment.replica)
-            .filter(|r| *r != 0 && *r != id)
-            .collect()
-    };
-    let groups: Vec<Vec<u64>> = match before {
-        Some(before) => (0..before.size())
-            .filter(|i| shards_meet(*i, before.size(), place.shard, place.shards))
-            .map(|i| members(before, i))
-            .collect(),
-        None => t.current.iter().map(|v| members(v, place.shard)).collect(),
-    };
-    Some(groups.into_iter().filter(|g| !g.is_empty()).collect())
 }
 
 trait RevMax<'a> {
