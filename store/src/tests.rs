@@ -465,6 +465,21 @@ async fn a_fence_refuses_what_moved_away_and_outlives_a_restart() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn who_is_no_longer_named_forgets_how_far_it_had_come() {
+    let dir = tempfile::tempdir().unwrap();
+    let replica = open(dir.path(), &stable(1, &[&[ME, PEER]]));
+    replica.apply(from_peer("key", record("key", 1, Content::Bytes("x".into())), 10)).await.unwrap();
+    replica.install(stable(2, &[&[ME], &[PEER]])).await;
+    assert!(replica.progress.position(PEER).is_some(), "of another shard now, but what came from there has come");
+    // Given up. When it is named again it may be for other keys.
+    replica.install(stable(3, &[&[PEER]])).await;
+    assert_eq!(replica.progress.position(PEER), None);
+    assert!(replica.engine.row(b"key").unwrap().is_some());
+    let again = open(crashed(dir.path()).path(), &stable(4, &[&[ME, PEER]]));
+    assert_eq!(again.progress.position(PEER), None);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_was_asked_for_under_a_topology_that_the_writer_does_not_know_is_refused_not_dropped() {
     let dir = tempfile::tempdir().unwrap();
     let key = (0..).map(|i| format!("key-{i}")).find(|k| jump_hash(partition_hash(k.as_bytes()), 2) == 1).unwrap();

@@ -354,12 +354,14 @@ impl Writer {
     /// What came from replicas of other shards has been deleted with the foreign
     /// keys, or may have been: a position there would claim that it is still held.
     fn forget_strangers(&mut self, batch: &mut Batch) {
-        let Some(view) = &self.topology.current else { return };
+        let Some(view) = self.topology.current.clone() else { return };
         let Some(shard) = view.place(self.replica).map(|p| p.shard) else { return };
-        let strangers: Vec<u64> =
-            self.positions.keys().copied().filter(|id| view.place(*id).is_none_or(|p| p.shard != shard)).collect();
-        for id in strangers {
-            self.positions.remove(&id);
+        self.forget(batch, |id| view.place(id).is_none_or(|p| p.shard != shard));
+    }
+
+    /// Forgets the positions at these replicas: what comes from them has to be asked for anew.
+    fn forget(&mut self, batch: &mut Batch, which: impl Fn(u64) -> bool) {
+        for (id, _) in self.positions.extract_if(.., |id, _| which(*id)) {
             batch.delete_position(id);
             self.progress.forget_position(id);
         }
@@ -384,6 +386,11 @@ impl Writer {
         if !self.served && topology.current.as_ref().is_some_and(|v| v.place(self.replica).is_some()) {
             self.served = true;
             batch.put_served();
+            pending.sync = true;
+        }
+        // No view names it. If one does again, it may be for other keys, and a position would claim those as well.
+        if !self.positions.is_empty() && topology.views().all(|v| v.place(self.replica).is_none()) {
+            self.forget(batch, |_| true);
             pending.sync = true;
         }
         self.accepting = accepting(&topology, self.replica);

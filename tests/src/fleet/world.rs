@@ -613,12 +613,15 @@ impl Replica {
             self.fence = (t.switch_version, self.log.len());
             changed = true;
         }
+        if t.views().all(|v| v.place(id).is_none()) {
+            self.positions.clear();
+        }
         if t.clean.contains(&id) && self.cleaned != t.switch_version && !holds.cleaning {
             if let Some(place) = t.current.as_ref().and_then(|v| v.place(id)) {
                 self.has.retain(|key| place.owns(*key));
             }
-            let sources: BTreeSet<u64> = t.sources(id).iter().map(|p| p.assignment.replica).collect();
-            self.positions.retain(|id, _| sources.contains(id));
+            let shard = |id| t.current.as_ref().and_then(|v| v.place(id)).map(|p| p.shard);
+            self.positions.retain(|other, _| shard(*other) == shard(id));
             self.cleaned = t.switch_version;
             changed = true;
         }

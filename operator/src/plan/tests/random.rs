@@ -3,6 +3,8 @@
 
 use proptest::prelude::*;
 
+use vasto_client::v1::Phase;
+
 use super::sim::{KEYS, Sim};
 
 #[derive(Clone, Debug)]
@@ -132,6 +134,29 @@ fn the_sole_owner_dies_when_some_have_cleaned() {
     let tick = || Tick { behind: false };
     let write = Write { key: 0, stale: 0, which: 0 };
     play(&mut sim, &[tick(), Scale(4, 1), write, Round, Rounds(5), tick(), Unlink(4), Round, Die(0), Round, Wipe(3)]);
+    rest(&mut sim);
+}
+
+/// A candidate of a change that was called off comes back when nobody has its shard any more, of another size: what
+/// it had copied for the one change says nothing of what the other moves.
+#[test]
+fn a_candidate_that_comes_back_copies_anew() {
+    let mut sim = Sim::in_use(2, 2);
+    sim.scale(5, 1);
+    sim.tick(false);
+    sim.wipe("store-0");
+    sim.tick(false);
+    // So that it does not come to a switch.
+    sim.die("store-3");
+    play(&mut sim, &[Event::Rounds(3)]);
+    sim.die("store-0");
+    sim.scale(3, 3);
+    play(&mut sim, &[Event::Rounds(2)]);
+    sim.lose("store-0");
+    assert!(sim.until(Phase::Switch) && sim.until(Phase::Stable));
+    sim.replace("store-1", "r", true);
+    assert!(sim.until(Phase::Switch));
+    sim.wipe("store-2");
     rest(&mut sim);
 }
 

@@ -16,6 +16,8 @@ use super::super::{Observation, Outcome, Presence, ReplaceRequest, Spec, Wait, a
 pub(super) const KEYS: u64 = 40;
 /// What one change of the model counts for as lag: two are near, three are not.
 const LAG: u64 = 400;
+/// A clean-up begins when a store has acted so many times: some rounds later.
+const CLEANING: u32 = 8;
 
 pub(super) fn store_name(ordinal: u32) -> String {
     format!("store-{ordinal}")
@@ -37,6 +39,7 @@ pub(super) struct Replica {
     positions: BTreeMap<u64, (u64, usize, usize)>,
     fence: (u64, usize),
     cleaned: u64,
+    cleaning: u32,
     served: bool,
     /// Given-up replicas whose records are taken over here.
     taken_over: BTreeSet<u64>,
@@ -473,6 +476,9 @@ impl Sim {
             (replica.born, replica.epoch) = (true, epoch);
         }
         for (id, replica) in &mut store.replicas {
+            if !named.contains(id) {
+                replica.positions.clear();
+            }
             replica.served |= t.current.as_ref().is_some_and(|v| v.place(*id).is_some());
             let old = t.previous.as_ref().is_some_and(|v| v.place(*id).is_some());
             let fencing = matches!(t.phase(), Phase::Fence | Phase::Drain | Phase::Cleanup);
@@ -481,10 +487,16 @@ impl Sim {
                 replica.log.push(0);
             }
             if t.clean.contains(id) && replica.cleaned != t.switch_version {
+                // That takes its time.
+                if replica.cleaning < CLEANING {
+                    replica.cleaning += 1;
+                    continue;
+                }
+                replica.cleaning = 0;
                 let place = t.current.as_ref().and_then(|v| v.place(*id)).expect("only owners are cleaned");
                 replica.has.retain(|w| place.owns(hash(self.writes[*w as usize])));
-                let sources: BTreeSet<u64> = t.sources(*id).iter().map(|p| p.assignment.replica).collect();
-                replica.positions.retain(|id, _| sources.contains(id));
+                let mate = |id| t.current.as_ref().and_then(|v| v.place(id)).is_some_and(|p| p.shard == place.shard);
+                replica.positions.retain(|id, _| mate(*id));
                 replica.cleaned = t.switch_version;
             }
         }
@@ -711,7 +723,7 @@ impl Sim {
                 continue;
             }
             quiet += 1;
-            if quiet < 3 {
+            if quiet < 6 {
                 continue;
             }
             let lost = self.last.iter().flat_map(|o| &o.waits).find_map(|w| match w {
