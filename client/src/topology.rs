@@ -63,6 +63,11 @@ impl Topology {
         [&self.current, &self.next, &self.previous].into_iter().flatten()
     }
 
+    /// Whether any view names this replica.
+    pub fn names(&self, replica: u64) -> bool {
+        self.views().any(|v| v.place(replica).is_some())
+    }
+
     /// Every store that any view, drop or replace names; sorted, each once.
     pub fn stores(&self) -> Vec<&str> {
         let mut stores: Vec<&str> = self
@@ -149,14 +154,14 @@ impl Topology {
     }
 
     /// Whom a candidate copies before it is born: of each shard that must be copied, those of its replicas that
-    /// are sources, serving ones first; one of them will do. `None`: no view names the candidate. Empty: there
-    /// is nothing to copy. A shard without any is left out: its loss was accepted, or what it handed over was
-    /// lost afterwards, and that was.
+    /// are sources, serving ones first; one of them will do. `None`: neither `next` nor `current` names the
+    /// candidate. Empty: there is nothing to copy. A shard without any is left out: its loss was accepted, or all
+    /// that is left of it was told to delete what it had handed over, and the loss of those who had got it was.
     pub fn origins(&self, candidate: u64) -> Option<Vec<Vec<&Assignment>>> {
         let (place, before) =
             self.wants().into_iter().find_map(|(view, before)| Some((view?.place(candidate)?, before)))?;
         let sources = self.sources(candidate);
-        // Late, after the change ended, its shard's others have all of it.
+        // After the change ended there is no view before: its shard's others have all of it.
         let Some(view) = before.or(self.current.as_ref()) else { return Some(Vec::new()) };
         let needed = (0..view.size()).filter(|shard| shards_meet(*shard, view.size(), place.shard, place.shards));
         let groups = needed.map(|shard| {

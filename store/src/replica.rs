@@ -205,7 +205,7 @@ impl Progress {
         state.synced.remove(&source);
         state.sources.remove(&source);
     }
-    /// How many clean-ups have forgotten positions since the start.
+    /// How often positions have been forgotten since the start, by a clean-up or since no view named the replica.
     pub fn cleanups(&self) -> u64 {
         self.cleanups.load(Ordering::Acquire)
     }

@@ -9,7 +9,7 @@ mod whole;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -477,6 +477,44 @@ async fn who_is_no_longer_named_forgets_how_far_it_had_come() {
     assert!(replica.engine.row(b"key").unwrap().is_some());
     let again = open(crashed(dir.path()).path(), &stable(4, &[&[ME, PEER]]));
     assert_eq!(again.progress.position(PEER), None);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_position_that_came_in_the_same_batch_is_forgotten_as_well() {
+    let dir = tempfile::tempdir().unwrap();
+    let topology = stable(1, &[&[ME, PEER]]);
+    open(dir.path(), &topology).stop().await;
+    // While it is shut the writer looks at the clock in vain.
+    let (shut, inside) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
+    let (closed, entered) = (shut.clone(), inside.clone());
+    let now = move || {
+        let writer = std::thread::current().name().is_some_and(|name| name.starts_with("writer"));
+        while writer && closed.load(Ordering::SeqCst) {
+            entered.store(true, Ordering::SeqCst);
+            std::thread::yield_now();
+        }
+        Env::real().now_ms()
+    };
+    let env = Env::new(now, || 5, |_| unreachable!("nobody is called"));
+    let context = Context { env, ..context() };
+    let replica = Replica::open(dir.path(), topology, settings(), &context).unwrap();
+    let peer = |key, seq| replica.apply(from_peer(key, record(key, 1, Content::Bytes("x".into())), seq));
+    shut.store(true, Ordering::SeqCst);
+    let mut first = std::pin::pin!(peer("first", 10));
+    assert!((&mut first).now_or_never().is_none());
+    let entering = async {
+        while !inside.load(Ordering::SeqCst) {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(10), entering).await.expect("the writer does not begin");
+    // It is in the middle of the first, so these wait together.
+    let mut second = std::pin::pin!(peer("second", 20));
+    let mut unnamed = std::pin::pin!(replica.install(stable(2, &[&[PEER]])));
+    assert!((&mut second).now_or_never().is_none() && (&mut unnamed).now_or_never().is_none());
+    shut.store(false, Ordering::SeqCst);
+    assert_eq!(tokio::join!(first, second, unnamed), (Ok(()), Ok(()), ()));
+    assert_eq!(replica.progress.position(PEER), None);
 }
 
 #[tokio::test(flavor = "multi_thread")]

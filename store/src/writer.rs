@@ -110,8 +110,8 @@ pub struct PeerBatch {
 pub struct Asked {
     /// The topology. A writer that knows only an older one would drop, as foreign, what its replica is about to own.
     pub version: u64,
-    /// The clean-ups until then. Each deletes what had been copied until then from other shards: what goes on from
-    /// there would leave a gap.
+    /// How often positions had been forgotten until then, with what was copied from other shards or was meant for
+    /// another place: what goes on from there would leave a gap.
     pub cleanups: u64,
 }
 
@@ -327,7 +327,7 @@ impl Writer {
             }
             Command::Cleaned(version) => {
                 batch.put_cleaned(version);
-                self.forget_strangers(batch);
+                self.forget_strangers(batch, pending);
                 pending.cleaned = Some(version);
                 pending.sync = true;
             }
@@ -353,14 +353,16 @@ impl Writer {
 
     /// What came from replicas of other shards has been deleted with the foreign
     /// keys, or may have been: a position there would claim that it is still held.
-    fn forget_strangers(&mut self, batch: &mut Batch) {
-        let Some(view) = self.topology.current.clone() else { return };
+    fn forget_strangers(&mut self, batch: &mut Batch, pending: &mut Pending) {
+        let topology = self.topology.clone();
+        let Some(view) = &topology.current else { return };
         let Some(shard) = view.place(self.replica).map(|p| p.shard) else { return };
-        self.forget(batch, |id| view.place(id).is_none_or(|p| p.shard != shard));
+        self.forget(batch, pending, |id| view.place(id).is_none_or(|p| p.shard != shard));
     }
 
-    /// Forgets the positions at these replicas: what comes from them has to be asked for anew.
-    fn forget(&mut self, batch: &mut Batch, which: impl Fn(u64) -> bool) {
+    /// Forgets the positions at these replicas, also those of this batch: what comes from them has to be asked for anew.
+    fn forget(&mut self, batch: &mut Batch, pending: &mut Pending, which: impl Fn(u64) -> bool) {
+        pending.positions.retain(|position| !which(position.replica));
         for (id, _) in self.positions.extract_if(.., |id, _| which(*id)) {
             batch.delete_position(id);
             self.progress.forget_position(id);
@@ -389,8 +391,8 @@ impl Writer {
             pending.sync = true;
         }
         // No view names it. If one does again, it may be for other keys, and a position would claim those as well.
-        if !self.positions.is_empty() && topology.views().all(|v| v.place(self.replica).is_none()) {
-            self.forget(batch, |_| true);
+        if !topology.names(self.replica) {
+            self.forget(batch, pending, |_| true);
             pending.sync = true;
         }
         self.accepting = accepting(&topology, self.replica);
@@ -501,7 +503,7 @@ impl Writer {
                 return Err(Refused::new(FailureCode::NotReady, message));
             }
             if asked.cleanups != self.progress.cleanups() {
-                let message = "what was copied before has been cleaned up since: it has to be asked for anew";
+                let message = "what this goes on from has been forgotten since: it has to be asked for anew";
                 return Err(Refused::new(FailureCode::NotReady, message));
             }
         }

@@ -48,7 +48,7 @@ fn returned(t: &mut Topology, seen: &Observation) {
     }
     let mut given_up = std::mem::take(&mut t.given_up);
     for g in &mut given_up {
-        let Some(report) = seen.replica(&g.store, g.replica).filter(|_| !named(t, g.replica)) else { continue };
+        let Some(report) = seen.replica(&g.store, g.replica).filter(|_| !t.names(g.replica)) else { continue };
         g.returned = true;
         // A faulty one can't be read; a person gave it up, or others have its shard.
         let nothing = g.shards == 0 || !report.born || report.candidate || !report.fault.is_empty();
@@ -66,14 +66,9 @@ fn taken_over(current: &View, seen: &Observation, g: &GivenUp) -> bool {
         .all(|j| places(current, j).any(|a| seen.sound(a).is_some_and(|r| r.taken_over.contains(&g.replica))))
 }
 
-/// Whether a view names this replica.
-fn named(t: &Topology, replica: u64) -> bool {
-    t.views().any(|v| v.place(replica).is_some())
-}
-
 /// Whether nothing in the topology names this replica.
 pub(super) fn unknown(t: &Topology, replica: u64) -> bool {
-    !named(t, replica) && t.drops.iter().all(|d| d.replica != replica) && !t.is_given_up(replica)
+    !t.names(replica) && t.drops.iter().all(|d| d.replica != replica) && !t.is_given_up(replica)
 }
 
 /// Replicas that living stores report and nothing names; candidates that a place
@@ -100,7 +95,7 @@ pub(super) fn candidate(t: &Topology, seen: &Observation, store: &str, shard: u3
     let nobody = t.current.as_ref().is_some_and(|v| shard < v.size() && hollow(v, shard));
     let best = here().filter(|r| {
         let dropped = t.drops.iter().any(|d| d.replica == r.id);
-        nobody && r.born && r.fault.is_empty() && t.is_given_up(r.id) && !named(t, r.id) && !dropped
+        nobody && r.born && r.fault.is_empty() && t.is_given_up(r.id) && !t.names(r.id) && !dropped
     });
     let made = here().filter(|r| r.candidate && !r.quarantined && unknown(t, r.id));
     best.map(|r| r.id).min().or_else(|| made.map(|r| (r.born, r.id)).min().map(|(_, id)| id))

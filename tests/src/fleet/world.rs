@@ -613,7 +613,7 @@ impl Replica {
             self.fence = (t.switch_version, self.log.len());
             changed = true;
         }
-        if t.views().all(|v| v.place(id).is_none()) {
+        if !t.names(id) {
             self.positions.clear();
         }
         if t.clean.contains(&id) && self.cleaned != t.switch_version && !holds.cleaning {

@@ -2,7 +2,6 @@
 //! the planner's doing, and once all stores are back, all comes to rest where the spec wants it.
 
 use proptest::prelude::*;
-
 use vasto_client::v1::Phase;
 
 use super::sim::{KEYS, Sim};

@@ -39,6 +39,7 @@ pub(super) struct Replica {
     positions: BTreeMap<u64, (u64, usize, usize)>,
     fence: (u64, usize),
     cleaned: u64,
+    /// So many times it was about to clean up.
     cleaning: u32,
     served: bool,
     /// Given-up replicas whose records are taken over here.
