@@ -118,15 +118,35 @@ impl Topology {
         [(self.next.as_ref(), self.current.as_ref()), (self.current.as_ref(), self.previous.as_ref())]
     }
 
-    /// Whether `source` must ship a key with this hash to `follower`: the
-    /// follower's shard wants it in `current` or `next`, and the source's shard
-    /// owns it in the same view or in the one before.
-    pub fn ships(&self, source: u64, follower: u64, partition_hash: u64) -> bool {
-        self.wants().into_iter().any(|(view, before)| {
-            let owns =
-                |v: Option<&View>, replica| v.and_then(|v| v.place(replica)).is_some_and(|p| p.owns(partition_hash));
-            owns(view, follower) && (owns(view, source) || owns(before, source))
+    /// What `follower` wants of `source`, as pairs of places that own it: the one for which the follower gathers it, in
+    /// `current` or `next`, and the one by which the source has it, in the same view or in the one before.
+    fn wanted(&self, source: u64, follower: u64) -> impl Iterator<Item = (Place<'_>, Place<'_>)> {
+        self.wants().into_iter().flat_map(move |(view, before)| {
+            let want = view.and_then(|v| v.place(follower));
+            let has = [view, before].map(|v| v.and_then(|v| v.place(source)));
+            want.into_iter().flat_map(move |want| has.into_iter().flatten().map(move |has| (want, has)))
         })
+    }
+
+    /// Whether `source` must ship a key with this hash to `follower`.
+    pub fn ships(&self, source: u64, follower: u64, partition_hash: u64) -> bool {
+        self.wanted(source, follower).any(|(want, has)| want.owns(partition_hash) && has.owns(partition_hash))
+    }
+
+    /// Whether `source`'s position at `peer` holds for `target` as well, once that has a copy of what `source` ships
+    /// to it: `target` wants something of `peer`, and all of that `source` wants of `peer` and ships to `target`. An old owner of a
+    /// shard has passed, at its sibling, what it itself no longer wants, so after the switch it passes none on.
+    pub fn passes_on(&self, source: u64, peer: u64, target: u64) -> bool {
+        let same = |a: &Place<'_>, b: &Place<'_>| (a.shard, a.shards) == (b.shard, b.shards);
+        // One shard of two that meet has all that they have in common.
+        let meet = |(want, has): &(Place<'_>, Place<'_>)| shards_meet(want.shard, want.shards, has.shard, has.shards);
+        let passed = |(want, has): (Place<'_>, Place<'_>)| {
+            self.wanted(peer, source).any(|(w, h)| same(&h, &has) && (same(&w, &want) || same(&w, &has)))
+                && self.wanted(source, target).any(|(w, h)| same(&w, &want) && (same(&h, &want) || same(&h, &has)))
+        };
+        // A position where nothing is wanted would stand for what is wanted there later.
+        let mut wanted = self.wanted(peer, target).filter(meet).peekable();
+        wanted.peek().is_some() && wanted.all(passed)
     }
 
     /// Every replica that `follower` must follow: those that may hold a key it
@@ -241,6 +261,34 @@ mod tests {
         assert!(topology.is_source(1, 2) && topology.is_source(2, 1), "of what they still own they are copies");
         topology.clean = vec![1, 2];
         assert_eq!(sources(&topology), [4]);
+    }
+
+    #[test]
+    fn a_position_holds_for_who_wants_no_more_than_who_has_it() {
+        // Shard 2 of 3 is 5 and 6; of 4 it is 5 alone, and 8 gets the keys that move.
+        let old = || view(&[&[1, 2], &[3, 4], &[5, 6]]);
+        let new = || view(&[&[1], &[3], &[5], &[8]]);
+        let mut topology =
+            Topology { phase: Phase::Prepare.into(), current: old(), next: new(), ..Topology::default() };
+        assert!(topology.passes_on(5, 6, 8), "until the switch 5 wants all that is 6's");
+        assert!(topology.passes_on(6, 5, 8));
+        assert!(!topology.passes_on(1, 6, 8), "1 wants nothing of 6");
+        assert!(!topology.passes_on(5, 6, 1), "nor does 1 for good");
+        topology = Topology { phase: Phase::Switch.into(), previous: old(), current: new(), ..Topology::default() };
+        assert!(!topology.passes_on(5, 6, 8), "what moves to 8, 5 no longer wants of 6");
+        assert!(!topology.passes_on(6, 5, 8));
+        // Shards of four in two copies each become three.
+        topology = Topology {
+            phase: Phase::Prepare.into(),
+            current: view(&[&[1, 2], &[3, 4], &[5, 6], &[8, 9]]),
+            next: view(&[&[1, 2], &[3, 4], &[5, 7]]),
+            ..Topology::default()
+        };
+        assert!(topology.passes_on(8, 9, 7) && topology.passes_on(9, 8, 5));
+        assert!(topology.passes_on(5, 6, 7));
+        assert!(!topology.passes_on(6, 5, 7), "5 gathers the keys of shard 3 as well, which 6 does not want");
+        topology = Topology { phase: Phase::Stable.into(), current: view(&[&[1, 2, 3]]), ..Topology::default() };
+        assert!(topology.passes_on(1, 2, 3), "they are of one shard");
     }
 
     #[test]

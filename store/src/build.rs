@@ -12,7 +12,7 @@ use bytes::Bytes;
 use tokio::sync::mpsc;
 use tokio_util::task::AbortOnDropHandle;
 use vasto_client::env::Env;
-use vasto_client::v1::{Position, SnapshotFile, SnapshotRequired, Topology};
+use vasto_client::v1::{Position, SnapshotFile, SnapshotRequired};
 
 use crate::engine::{self, Batch, Engine, Storage};
 use crate::join::join;
@@ -74,7 +74,7 @@ impl Building {
             let chosen = groups.iter().map(|members| members[attempt as usize % members.len()]);
             let from = chosen.map(|a| Origin { replica: a.replica, store: a.store.clone() }).collect();
             self.progress.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clear();
-            match self.attempt(keyspace, storage, &topology, from).await {
+            match self.attempt(keyspace, storage, from).await {
                 Ok(()) => return true,
                 Err(error) => {
                     tracing::info!(replica = self.id, shard = self.shard, %error, "the copy begins anew");
@@ -89,7 +89,6 @@ impl Building {
         &self,
         keyspace: &Arc<Keyspace>,
         storage: &Arc<dyn Storage>,
-        topology: &Topology,
         from: Vec<Origin>,
     ) -> Result<(), snapshot::Error> {
         let (db, ingest) = (self.dir.join("db"), self.dir.join("ingest"));
@@ -103,7 +102,7 @@ impl Building {
             if reader.begin().await?.files {
                 return self.copy_files(keyspace, storage, reader).await;
             }
-            return self.copy_records(keyspace, storage, topology, vec![reader]).await;
+            return self.copy_records(keyspace, storage, vec![reader]).await;
         }
         let mut readers = Vec::new();
         for source in from {
@@ -111,14 +110,13 @@ impl Building {
             reader.begin().await?;
             readers.push(reader);
         }
-        self.copy_records(keyspace, storage, topology, readers).await
+        self.copy_records(keyspace, storage, readers).await
     }
 
     async fn copy_records(
         &self,
         keyspace: &Arc<Keyspace>,
         storage: &Arc<dyn Storage>,
-        topology: &Topology,
         readers: Vec<Reader>,
     ) -> Result<(), snapshot::Error> {
         let ingest = self.dir.join("ingest");
@@ -161,7 +159,7 @@ impl Building {
         }
         let (engine, files) = merged.map_err(|e| snapshot::Error::Store(e.to_string()))??;
 
-        let positions = done.iter().flat_map(|r| r.positions(topology)).map(|p| (p.replica, p)).collect();
+        let positions = done.iter().flat_map(Reader::positions).map(|p| (p.replica, p)).collect();
         let births = done
             .iter()
             .filter_map(|r| {
@@ -225,12 +223,11 @@ impl Building {
             let last = engine.last_change()?.unwrap_or(0).max(start.pin);
             let mut batch = Batch::default();
             batch.forget_life();
+            theirs.positions.iter().for_each(|p| batch.delete_position(p.replica));
             batch.trim_changes(last);
             engine.write(&batch, false)?;
-            let mut positions: BTreeMap<u64, Position> =
-                theirs.positions.into_iter().filter(|p| p.replica != id).map(|p| (p.replica, p)).collect();
             let here = Position { replica: source, epoch: start.epoch, seq: last };
-            positions.insert(source, here);
+            let positions = start.positions.into_iter().chain([here]).map(|p| (p.replica, p)).collect();
             let birth = Birth {
                 births: vec![here],
                 positions,

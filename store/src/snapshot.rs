@@ -173,11 +173,18 @@ type Send<'a> = &'a mut dyn FnMut(Message) -> bool;
 impl Source {
     /// Syncs what is about to be sent; why it can't be sent, if so. A copy says of itself where it came from, and
     /// whoever has passed that is taken to hold all of it: so none may be made of what this replica may yet lose.
-    /// Nor of one that may have begun, before the snapshot was taken, to delete what it has handed over.
-    fn secure(&self) -> Result<Option<String>, engine::Error> {
+    /// Nor of one that may have begun, before the snapshot was taken and `topology` read, to delete what it has
+    /// handed over.
+    fn secure(&self, topology: &Topology) -> Result<Option<String>, engine::Error> {
         self.replica.sync_engine()?;
-        let fault = faulty(&self.replica);
-        Ok(fault.or_else(|| stranger(&self.keyspace.topology(), self.replica.id, self.request.target)))
+        Ok(faulty(&self.replica).or_else(|| stranger(topology, self.replica.id, self.request.target)))
+    }
+
+    /// Those of this replica's positions that hold for the target as well. `topology` was read after them: by a newer
+    /// one they may have passed what the target wants and this replica no longer does.
+    fn passed_on(&self, topology: &Topology, positions: impl IntoIterator<Item = Position>) -> Vec<Position> {
+        let (source, target) = (self.replica.id, self.request.target);
+        positions.into_iter().filter(|p| topology.passes_on(source, p.replica, target)).collect()
     }
 
     fn records(&self, send: Send<'_>) -> Result<(), engine::Error> {
@@ -187,18 +194,19 @@ impl Source {
         let pin = engine.pin();
         // After it: nothing in it is newer.
         let last_seq = self.replica.progress.last_seq();
-        if let Some(why) = self.secure()? {
+        let topology = self.keyspace.topology();
+        if let Some(why) = self.secure(&topology)? {
             send(Message::NotReady(why));
             return Ok(());
         }
         let clock = self.replica.progress.clock();
         let (records, bytes) = engine.estimate();
-        let share = share(&self.topology, self.replica.id, self.request.target);
+        let share = share(&topology, self.replica.id, self.request.target);
         let (records_total, bytes_total) = ((records as f64 * share) as u64, (bytes as f64 * share) as u64);
         let start = SnapshotStart {
             epoch: self.epoch,
             pin: pin_seq,
-            positions: meta::positions_at(&pin)?,
+            positions: self.passed_on(&topology, meta::positions_at(&pin)?),
             files: false,
             records_total,
             bytes_total,
@@ -213,7 +221,7 @@ impl Source {
         pin.rows(self.request.after.as_deref(), |key, _, encoded| {
             let Ok(seen) = glance(encoded) else { return true };
             let hash = seen.partition_hash;
-            if !self.topology.ships(source, target, hash) && !self.topology.hands_over(source, target, hash) {
+            if !topology.ships(source, target, hash) && !topology.hands_over(source, target, hash) {
                 return true;
             }
             for part in shipped(Bytes::copy_from_slice(key), Bytes::copy_from_slice(encoded)) {
@@ -237,26 +245,30 @@ impl Source {
     }
 
     fn files(&self, send: Send<'_>) -> Result<(), engine::Error> {
-        let pin = self.replica.progress.last_seq();
+        let (pin, positions) = (self.replica.progress.last_seq(), self.replica.progress.positions());
         let path = self.replica.dir.join(format!("checkpoint-{:016x}", self.request.target));
         let io = |source: std::io::Error| engine::Error::Io { path: path.clone(), source };
         if path.exists() {
             std::fs::remove_dir_all(&path).map_err(io)?;
         }
         self.replica.engine.checkpoint(&path)?;
-        let sent = match self.secure() {
+        let topology = self.keyspace.topology();
+        let sent = match self.secure(&topology) {
             Ok(Some(why)) => {
                 send(Message::NotReady(why));
                 Ok(())
             }
-            Ok(None) => self.send_files(&path, pin, send).map_err(io),
+            Ok(None) => {
+                let positions = self.passed_on(&topology, positions.into_values());
+                self.send_files(&path, pin, positions, send).map_err(io)
+            }
             Err(error) => Err(error),
         };
         std::fs::remove_dir_all(&path).map_err(io)?;
         sent
     }
 
-    fn send_files(&self, path: &Path, pin: u64, send: Send<'_>) -> std::io::Result<()> {
+    fn send_files(&self, path: &Path, pin: u64, positions: Vec<Position>, send: Send<'_>) -> std::io::Result<()> {
         let last_seq = self.replica.progress.last_seq();
         let clock = self.replica.progress.clock();
         let mut files = Vec::new();
@@ -269,7 +281,7 @@ impl Source {
         let start = SnapshotStart {
             epoch: self.epoch,
             pin,
-            positions: Vec::new(),
+            positions,
             files: true,
             records_total,
             bytes_total,
@@ -483,22 +495,11 @@ impl Reader {
         }
     }
 
-    /// Where the target stands once all has come: at the source, and (as the
-    /// source did) in those of the source's peers that are of its shard.
-    pub fn positions(&self, topology: &Topology) -> Vec<Position> {
+    /// Where the target stands once all has come: at the source, and where the source passes its own positions on.
+    pub fn positions(&self) -> Vec<Position> {
         let Some(start) = &self.start else { return Vec::new() };
-        let mut positions = vec![Position { replica: self.from.replica, epoch: start.epoch, seq: start.pin }];
-        let siblings = |view: &View, peer| {
-            let (a, b) = (view.place(self.from.replica), view.place(peer));
-            a.zip(b).is_some_and(|(a, b)| a.shard == b.shard)
-        };
-        for position in &start.positions {
-            let peer = position.replica;
-            if peer != self.target && topology.views().any(|v| siblings(v, peer)) {
-                positions.push(*position);
-            }
-        }
-        positions
+        let here = Position { replica: self.from.replica, epoch: start.epoch, seq: start.pin };
+        std::iter::once(here).chain(start.positions.iter().copied()).collect()
     }
 }
 
@@ -573,7 +574,7 @@ pub async fn join_from(
         }
     }
     let positions = reader
-        .positions(&keyspace.topology())
+        .positions()
         .into_iter()
         // An own position is as good or better, unless it is of a past epoch.
         .filter(|p| {

@@ -107,7 +107,7 @@ async fn who_copied_in_two_pieces_follows_from_the_first_pin() {
     }
     assert_eq!(keys, ["a", "b", "c"]);
     // What changed between the pins at keys already passed is in neither piece.
-    assert_eq!(reader.positions(&topology).iter().map(|p| p.seq).collect::<Vec<_>>(), [10]);
+    assert_eq!(reader.positions().iter().map(|p| p.seq).collect::<Vec<_>>(), [10]);
     serving.abort();
     host.stop().await;
 }

@@ -20,8 +20,9 @@ use vasto_client::v1::peer_server::Peer;
 use vasto_client::v1::store_client::StoreClient;
 use vasto_client::v1::{
     self, Answer, Assignment, Batch, Delete, Expire, FailureCode, FollowStart, Get, KeyspaceUpdate, Merge, Operation,
-    Phase, Put, ReplicaReport, Returning, Shard, SnapshotRequest, StoreAddress, StoreReport, StoreUpdate, Topology,
-    Value, View, WatchRequest, WatchResponse, answer, follow_response, operation, put, snapshot_response, value,
+    Phase, Position, Put, ReplicaReport, Returning, Shard, SnapshotRequest, StoreAddress, StoreReport, StoreUpdate,
+    Topology, Value, View, WatchRequest, WatchResponse, answer, follow_response, operation, put, snapshot_response,
+    value,
 };
 
 use super::context;
@@ -31,6 +32,7 @@ use crate::engine::Engine;
 use crate::host::Host;
 use crate::metrics::Monitor;
 use crate::server::Server;
+use crate::writer::PeerBatch;
 use crate::{Options, follow, leave, serve};
 
 const UID: &str = "5f9a";
@@ -192,6 +194,39 @@ async fn a_source_that_knows_only_an_older_topology_than_who_asks_is_not_ready()
     let (snapshot, follow) = said(5).await;
     assert!(matches!(snapshot, snapshot_response::Message::NotReady(_)), "{snapshot:?}");
     assert!(matches!(follow, follow_response::Message::NotReady(_)), "{follow:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_copy_passes_on_no_position_that_does_not_hold_for_the_target() {
+    let dir = tempfile::tempdir().unwrap();
+    let host = host(dir.path(), Some(UID));
+    let id = make(&host).await;
+    let (sibling, target) = (98, 99);
+    host.install(update(stable(UID, 4, &[id, sibling]))).await;
+    let position = Position { replica: sibling, epoch: 5, seq: 6 };
+    let batch = PeerBatch { positions: vec![position], ..PeerBatch::default() };
+    host.keyspace(UID).unwrap().replica(id).unwrap().apply(batch).await.unwrap();
+
+    // One shard becomes two, or gets a copy more.
+    let (one, two) = (view(&[id, sibling]), [&[id][..], &[target]].map(|ids| view(ids).unwrap().shards).concat());
+    let (two, three) = (Some(View { shards: two }), view(&[id, sibling, target]));
+    let said = async |version, phase: Phase, current: &Option<View>, next: &Option<View>, previous: &Option<View>| {
+        let (current, next, previous) = (current.clone(), next.clone(), previous.clone());
+        let topology = Topology { phase: phase.into(), current, next, previous, ..stable(UID, version, &[]) };
+        host.install(update(topology)).await;
+        let (keyspace, files_welcome) = (UID.to_owned(), true);
+        let ask =
+            SnapshotRequest { keyspace, source: id, target, version, files_welcome, ..SnapshotRequest::default() };
+        let said = server(&host).snapshot(Request::new(ask)).await.unwrap().into_inner().next().await.unwrap().unwrap();
+        match said.message {
+            Some(snapshot_response::Message::Start(start)) => (start.files, start.positions),
+            other => panic!("{other:?}"),
+        }
+    };
+    assert_eq!(said(5, Phase::Prepare, &one, &three, &None).await, (true, vec![position]));
+    assert_eq!(said(6, Phase::Prepare, &one, &two, &None).await, (false, vec![position]));
+    // What the sibling takes from here on for the target, this replica no longer wants, and passes.
+    assert_eq!(said(7, Phase::Switch, &two, &None, &one).await, (false, vec![]));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -159,6 +159,39 @@ fn a_candidate_that_comes_back_copies_anew() {
     rest(&mut sim);
 }
 
+/// Two shards in two copies become four in one. After the switch a store is away that was told of no topology since,
+/// the sole owner of a new shard loses its volume, and clients write through old owners: a new owner made anew copies
+/// replicas that followed those writers, but no longer for what moves.
+#[test]
+fn what_an_old_owner_took_reaches_a_new_owner_made_anew() {
+    use Event::{Burst, LoseStatus, Round, Scale, Tick, Unlink, Wipe};
+    let mut sim = Sim::in_use(2, 2);
+    let tick = || Tick { behind: false };
+    play(&mut sim, &[Scale(4, 1), Round, Round, tick(), Unlink(0), Round, LoseStatus, tick(), Wipe(3), Burst(38)]);
+    rest(&mut sim);
+}
+
+/// A replaced store's new replica copies one that has been another's source, and wants of that one what it did not
+/// want before: no position may have come with the copy for it.
+#[test]
+fn a_position_where_nothing_was_wanted_is_not_taken_over() {
+    use Event::{Replace, Rounds, Scale, Tick};
+    let mut sim = Sim::in_use(1, 1);
+    let events = [
+        Scale(2, 1),
+        Rounds(8),
+        Replace(0, false),
+        Scale(4, 1),
+        Rounds(14),
+        Scale(2, 1),
+        Rounds(7),
+        Scale(1, 1),
+        Tick { behind: false },
+    ];
+    play(&mut sim, &events);
+    rest(&mut sim);
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { max_shrink_iters: 4_000, failure_persistence: None, ..ProptestConfig::default() })]
 

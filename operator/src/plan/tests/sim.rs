@@ -16,6 +16,8 @@ use super::super::{Observation, Outcome, Presence, ReplaceRequest, Spec, Wait, a
 pub(super) const KEYS: u64 = 40;
 /// What one change of the model counts for as lag: two are near, three are not.
 const LAG: u64 = 400;
+/// Changes of a source that count as ahead before it was first heard.
+const UNHEARD: usize = 1_000;
 /// A clean-up begins when a store has acted so many times: some rounds later.
 const CLEANING: u32 = 8;
 
@@ -590,6 +592,13 @@ impl Sim {
                     learn(replica, *w);
                 }
                 replica.positions.insert(*source_id, (source.epoch, end, end));
+                for (peer, (epoch, at, _)) in source.positions.iter().filter(|(p, _)| t.passes_on(*source_id, **p, *id))
+                {
+                    // Its own is as good. How far it lags is known once it follows.
+                    if replica.positions.get(peer).is_none_or(|mine| mine.0 != *epoch) {
+                        replica.positions.insert(*peer, (*epoch, *at, at + UNHEARD));
+                    }
+                }
                 let complete = groups.iter().all(|g| g.iter().any(|a| replica.positions.contains_key(&a.replica)));
                 if !replica.born && complete {
                     (replica.born, replica.epoch) = (true, epoch);
