@@ -53,6 +53,9 @@ pub(crate) enum Verb {
     Delete {
         /// The keyspace's name.
         name: String,
+        /// Wait until it is gone.
+        #[arg(short, long)]
+        wait: bool,
     },
 }
 
@@ -97,10 +100,7 @@ pub(crate) async fn run(context: &Context, verb: Verb) -> anyhow::Result<()> {
         Verb::Scale(args) => scale(context, args).await,
         Verb::Replace(args) => replace(context, args).await,
         Verb::Compact { name } => compact(context, &name).await,
-        Verb::Delete { name } => {
-            context.ask(context.resources()?.delete(DeleteRequest { name: name.clone() })).await?;
-            done(context, &name, "deleted")
-        }
+        Verb::Delete { name, wait } => delete(context, &name, wait).await,
     }
 }
 
@@ -210,6 +210,18 @@ async fn replace(context: &Context, args: Replace) -> anyhow::Result<()> {
         now.replace.is_none() && now.replaced != before && now.phase() == Phase::Stable
     })
     .await
+}
+
+async fn delete(context: &Context, name: &str, wait: bool) -> anyhow::Result<()> {
+    context.ask(context.resources()?.delete(DeleteRequest { name: name.to_owned() })).await?;
+    done(context, name, "deleted")?;
+    if !wait {
+        return Ok(());
+    }
+    match follow(context, name, |_| false).await {
+        Err(error) if crate::exit::code_of(&error) == Code::NotFound => Ok(()),
+        ended => ended,
+    }
 }
 
 async fn compact(context: &Context, name: &str) -> anyhow::Result<()> {

@@ -96,7 +96,7 @@ fn a_cluster_changes_while_someone_waits() {
     assert_eq!(cluster.run(&["get", "packages", "bash"]).ok(), "the shell");
     cluster.run(&["check", "packages"]).ok();
     assert!(cluster.run(&["keyspace", "compact", "packages"]).ok().contains("store-0"));
-    cluster.run(&["keyspace", "delete", "packages"]).ok();
+    cluster.run(&["keyspace", "delete", "packages", "--wait"]).ok();
     cluster.run(&["get", "packages", "bash"]).fails(3, "keyspace \"packages\" does not exist");
 }
 
