@@ -1,11 +1,12 @@
 //! A cluster of real processes on loopback: an operator and its stores, each of
 //! which can be killed and started again on its own.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use base64::Engine as _;
@@ -30,9 +31,11 @@ pub fn vasto() -> PathBuf {
 /// A port that nobody listens on, below those that the system gives to outgoing connections: a process that is
 /// killed and started again must find its port free, whatever others connect to meanwhile.
 pub fn free_port() -> u16 {
+    /// Those that were given out: nobody may listen there yet.
+    static GIVEN: Mutex<BTreeSet<u16>> = Mutex::new(BTreeSet::new());
     loop {
         let port = rand::random_range(10_000..32_000);
-        if TcpListener::bind(("127.0.0.1", port)).is_ok() {
+        if GIVEN.lock().unwrap().insert(port) && TcpListener::bind(("127.0.0.1", port)).is_ok() {
             return port;
         }
     }
