@@ -107,10 +107,12 @@ impl Topology {
         self.current.as_ref().filter(|_| self.phase() != Phase::Deleting).into_iter().chain(previous)
     }
 
-    /// Whether this replica holds a key with this hash for good under any view:
-    /// what it owns now, is being prepared for, or has yet to hand over.
+    /// Whether this replica holds a key with this hash for good under any view: what it owns now, is being prepared
+    /// for, or has yet to hand over. What it was told to delete, it has handed over.
     pub fn holds(&self, replica: u64, partition_hash: u64) -> bool {
-        self.views().filter_map(|v| v.place(replica)).any(|p| p.owns(partition_hash))
+        let previous = self.previous.as_ref().filter(|_| !self.clean.contains(&replica));
+        let views = [self.current.as_ref(), self.next.as_ref(), previous];
+        views.into_iter().flatten().filter_map(|v| v.place(replica)).any(|p| p.owns(partition_hash))
     }
 
     /// The views that `follower` gathers data for, each with the view before it.
@@ -134,8 +136,9 @@ impl Topology {
     }
 
     /// Whether `source`'s position at `peer` holds for `target` as well, once that has a copy of what `source` ships
-    /// to it: `target` wants something of `peer`, and all of that `source` wants of `peer` and ships to `target`. An old owner of a
-    /// shard has passed, at its sibling, what it itself no longer wants, so after the switch it passes none on.
+    /// to it: `target` wants something of `peer`, and all of that `source` wants of `peer` and ships to `target`. An
+    /// old owner of a shard has passed, at its sibling, what it itself no longer wants, so after the switch it passes
+    /// none on.
     pub fn passes_on(&self, source: u64, peer: u64, target: u64) -> bool {
         let same = |a: &Place<'_>, b: &Place<'_>| (a.shard, a.shards) == (b.shard, b.shards);
         // One shard of two that meet has all that they have in common.
@@ -146,7 +149,7 @@ impl Topology {
         };
         // A position where nothing is wanted would stand for what is wanted there later.
         let mut wanted = self.wanted(peer, target).filter(meet).peekable();
-        wanted.peek().is_some() && wanted.all(passed)
+        peer != source && peer != target && wanted.peek().is_some() && wanted.all(passed)
     }
 
     /// Every replica that `follower` must follow: those that may hold a key it
@@ -289,6 +292,7 @@ mod tests {
         assert!(!topology.passes_on(6, 5, 7), "5 gathers the keys of shard 3 as well, which 6 does not want");
         topology = Topology { phase: Phase::Stable.into(), current: view(&[&[1, 2, 3]]), ..Topology::default() };
         assert!(topology.passes_on(1, 2, 3), "they are of one shard");
+        assert!(!topology.passes_on(1, 3, 3) && !topology.passes_on(1, 1, 3), "nobody has a position at itself");
     }
 
     #[test]

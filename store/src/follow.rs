@@ -452,19 +452,22 @@ async fn catch_up(
     store: &str,
     required: SnapshotRequired,
 ) -> Result<(), Broken> {
-    let begin = |seq| PeerBatch {
+    let begin = |seq, asked| PeerBatch {
         positions: vec![Position { replica: source, epoch: required.epoch, seq }],
+        asked: Some(asked),
         ..PeerBatch::default()
     };
     let known = replica.progress.position(source).is_some_and(|p| p.epoch == required.epoch);
     let deadline = tokio::time::Instant::now() + Duration::from_secs(10);
     loop {
         let topology = keyspace.topology();
+        // Before the positions are looked at: they may be forgotten.
+        let asked = replica.asked(topology.version);
         if known || !siblings(&topology, replica.id, source) {
             break;
         }
         if covers(replica, &required) {
-            return replica.apply(begin(required.birth_seq)).await.map_err(|r| Broken::Apply(r.message));
+            return replica.apply(begin(required.birth_seq, asked)).await.map_err(|r| Broken::Apply(r.message));
         }
         let reachable =
             required.births.iter().all(|b| b.replica == replica.id || topology.is_source(b.replica, replica.id));

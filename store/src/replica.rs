@@ -226,8 +226,10 @@ impl Progress {
         let applied = self.positions();
         self.mark_synced(applied);
     }
-    fn mark_synced(&self, positions: BTreeMap<u64, Position>) {
+    fn mark_synced(&self, mut positions: BTreeMap<u64, Position>) {
         let mut state = self.state();
+        // What was forgotten while the log was synced stays so.
+        positions.retain(|id, _| state.applied.contains_key(id));
         if state.synced != positions {
             state.synced = positions;
             drop(state);

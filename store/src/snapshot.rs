@@ -212,6 +212,7 @@ impl Source {
             bytes_total,
             restart: false,
             horizon: self.replica.progress.horizon(),
+            version: topology.version,
         };
         if !send(Message::Start(start)) {
             return Ok(());
@@ -260,7 +261,7 @@ impl Source {
             }
             Ok(None) => {
                 let positions = self.passed_on(&topology, positions.into_values());
-                self.send_files(&path, pin, positions, send).map_err(io)
+                self.send_files(&path, (pin, positions, topology.version), send).map_err(io)
             }
             Err(error) => Err(error),
         };
@@ -268,7 +269,12 @@ impl Source {
         sent
     }
 
-    fn send_files(&self, path: &Path, pin: u64, positions: Vec<Position>, send: Send<'_>) -> std::io::Result<()> {
+    fn send_files(
+        &self,
+        path: &Path,
+        (pin, positions, version): (u64, Vec<Position>, u64),
+        send: Send<'_>,
+    ) -> std::io::Result<()> {
         let last_seq = self.replica.progress.last_seq();
         let clock = self.replica.progress.clock();
         let mut files = Vec::new();
@@ -287,6 +293,7 @@ impl Source {
             bytes_total,
             restart: false,
             horizon: self.replica.progress.horizon(),
+            version,
         };
         if !send(Message::Start(start)) {
             return Ok(());
@@ -340,6 +347,9 @@ pub struct Reader {
     pub last_seq: u64,
     /// The greatest stamp time of all that was sent.
     pub clock: u64,
+    /// The newest topology by which a source chose what to send: a target that knows only an older one would take some
+    /// of it for foreign.
+    pub version: u64,
 }
 
 /// What a reader yields.
@@ -368,6 +378,7 @@ impl Reader {
             start: None,
             last_seq: 0,
             clock: 0,
+            version: 0,
         }
     }
 
@@ -407,6 +418,7 @@ impl Reader {
         match first.message {
             Some(Message::Start(start)) => {
                 self.stream = Some(stream);
+                self.version = start.version;
                 Ok(self.start.insert(start))
             }
             Some(Message::NotReady(why)) => Err(Error::NotReady(why)),
@@ -451,6 +463,7 @@ impl Reader {
                 // Following still begins at the first pin: what changed before the
                 // second one at keys already passed comes from there.
                 self.stream = Some(stream);
+                self.version = self.version.max(again.version);
                 Ok(())
             }
             Some(Message::Start(_)) => Err(Error::Restart),
@@ -499,7 +512,7 @@ impl Reader {
     pub fn positions(&self) -> Vec<Position> {
         let Some(start) = &self.start else { return Vec::new() };
         let here = Position { replica: self.from.replica, epoch: start.epoch, seq: start.pin };
-        std::iter::once(here).chain(start.positions.iter().copied()).collect()
+        start.positions.iter().copied().chain([here]).collect()
     }
 }
 
@@ -521,7 +534,7 @@ pub async fn take_over(keyspace: Arc<Keyspace>, replica: Arc<Replica>, source: u
 }
 
 async fn take_over_once(keyspace: &Arc<Keyspace>, replica: &Arc<Replica>, from: Origin) -> Result<usize, Error> {
-    let asked = Some(replica.asked(keyspace.version()));
+    let asked = replica.asked(keyspace.version());
     let mut reader = Reader::new(keyspace.clone(), from, replica.id, false);
     reader.begin().await?;
     let mut taken = 0;
@@ -530,6 +543,7 @@ async fn take_over_once(keyspace: &Arc<Keyspace>, replica: &Arc<Replica>, from: 
             Part::Records(mut records) => {
                 records.retain(|(_, record)| record.greatest_stamp().time > replica.progress.horizon());
                 taken += records.len();
+                let asked = Some(asked.by(reader.version));
                 let batch = PeerBatch { records, clock: reader.clock, asked, ..PeerBatch::default() };
                 replica.apply(batch).await.map_err(|refused| Error::Store(refused.message))?;
             }
@@ -553,7 +567,7 @@ pub async fn join_from(
     store: &str,
 ) -> Result<(), Error> {
     let from = Origin { replica: source, store: store.to_owned() };
-    let asked = Some(replica.asked(keyspace.version()));
+    let asked = replica.asked(keyspace.version());
     let mut reader = Reader::new(keyspace.clone(), from, replica.id, false);
     let total = reader.begin().await?.records_total;
     replica.progress.update_source(source, |s| s.records_total = total);
@@ -563,6 +577,7 @@ pub async fn join_from(
             Part::Records(records) => {
                 let count = records.len() as u64;
                 let bytes: usize = records.iter().map(|(k, r)| k.len() + r.size()).sum();
+                let asked = Some(asked.by(reader.version));
                 replica.apply(PeerBatch { records, asked, ..PeerBatch::default() }).await.map_err(store_error)?;
                 replica.progress.update_source(source, |s| {
                     s.records += count;
@@ -581,6 +596,7 @@ pub async fn join_from(
             p.replica == source || replica.progress.position(p.replica).is_none_or(|mine| mine.epoch != p.epoch)
         })
         .collect();
+    let asked = Some(asked.by(reader.version));
     let batch = PeerBatch { positions, clock: reader.clock, asked, ..PeerBatch::default() };
     replica.apply(batch).await.map_err(store_error)
 }

@@ -545,6 +545,30 @@ async fn a_peer_never_brings_back_what_moved_away() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_it_was_told_to_delete_does_not_come_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let moved = |number| jump_hash(partition_hash(format!("key-{number}").as_bytes()), 2) == 1;
+    let mut keys = (0..).filter(|number| moved(*number)).map(|number| format!("key-{number}"));
+    let replica = open(dir.path(), &stable(1, &[&[ME, PEER]]));
+    let cleanup = |version, clean: &[u64]| Topology {
+        uid: "u".into(),
+        version,
+        phase: Phase::Cleanup.into(),
+        previous: Some(view(&[&[ME, PEER]])),
+        current: Some(view(&[&[ME, PEER], &[9]])),
+        clean: clean.to_vec(),
+        ..Topology::default()
+    };
+    for (version, clean, taken) in [(2, &[][..], true), (3, &[ME], false)] {
+        replica.install(Arc::new(cleanup(version, clean))).await;
+        let key = keys.next().unwrap();
+        replica.apply(from_peer(&key, record(&key, 1, Content::Nothing), version)).await.unwrap();
+        // What came behind the walk that deletes would stay.
+        assert_eq!(replica.engine.row(key.as_bytes()).unwrap().is_some(), taken);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_page_ships_each_current_record_once_and_nothing_back() {
     let dir = tempfile::tempdir().unwrap();
     let topology = stable(1, &[&[ME, PEER]]);

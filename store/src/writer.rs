@@ -115,6 +115,13 @@ pub struct Asked {
     pub cleanups: u64,
 }
 
+impl Asked {
+    /// For what was sent by a topology of this version, if that is newer.
+    pub fn by(self, version: u64) -> Self {
+        Self { version: self.version.max(version), ..self }
+    }
+}
+
 /// What the queue holds.
 pub enum Command {
     /// Clients' writes for this replica; answered one by one, in order.

@@ -17,15 +17,19 @@ use vasto_client::v1::{
     Topology,
 };
 
-use super::{ME, PEER, context, record, view};
+use super::{ME, PEER, context, open, record, stable};
 use crate::dir::Dir;
 use crate::host::Host;
 use crate::record::Content;
-use crate::snapshot::{Origin, Part, Reader};
+use crate::snapshot::{Origin, Part, Reader, join_from};
 
 /// Sends one record and is cut; goes on, when asked again, from a later pin.
 #[derive(Default)]
-struct Cut(AtomicUsize);
+struct Cut {
+    asked: AtomicUsize,
+    /// Of its topology.
+    version: u64,
+}
 
 type Out<T> = Result<Response<BoxStream<'static, Result<T, Status>>>, Status>;
 
@@ -37,7 +41,8 @@ impl Peer for Cut {
 
     async fn snapshot(&self, request: Request<SnapshotRequest>) -> Out<SnapshotResponse> {
         let request = request.into_inner();
-        let start = |pin| Message::Start(SnapshotStart { epoch: 1, pin, ..SnapshotStart::default() });
+        let version = self.version;
+        let start = |pin| Message::Start(SnapshotStart { epoch: 1, pin, version, ..SnapshotStart::default() });
         let records = |keys: &[&'static str]| {
             let shipped = |key: &&'static str| Shipped {
                 key: Bytes::from_static(key.as_bytes()),
@@ -45,7 +50,7 @@ impl Peer for Cut {
             };
             Message::Records(SnapshotRecords { records: keys.iter().map(shipped).collect() })
         };
-        let messages = match self.0.fetch_add(1, Ordering::SeqCst) {
+        let messages = match self.asked.fetch_add(1, Ordering::SeqCst) {
             0 => vec![start(10), records(&["a", "b"])],
             _ => {
                 assert_eq!((request.after.as_deref(), request.epoch), (Some(&b"a"[..]), 1));
@@ -76,24 +81,36 @@ fn host(dir: &Path) -> Arc<Host> {
     Host::open("store-0", None, "here:1".into(), Dir::open(dir, "store-0").unwrap(), context())
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn who_copied_in_two_pieces_follows_from_the_first_pin() {
+/// A store that knows of one shard, version 1, and of this peer.
+async fn beside(dir: &Path, peer: Cut) -> (Arc<Host>, tokio::task::JoinHandle<()>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap().to_string();
-    let serving = tonic::transport::Server::builder().add_service(PeerServer::new(Cut::default()));
-    let serving = tokio::spawn(serving.serve_with_incoming(TcpListenerStream::new(listener)));
-
-    let dir = tempfile::tempdir().unwrap();
-    let host = host(dir.path());
-    let topology = Topology {
-        uid: "u".into(),
-        name: "k".into(),
-        version: 1,
-        current: Some(view(&[&[ME, PEER]])),
-        ..Topology::default()
-    };
+    let serving = tonic::transport::Server::builder().add_service(PeerServer::new(peer));
+    let serving = tokio::spawn(async { serving.serve_with_incoming(TcpListenerStream::new(listener)).await.unwrap() });
+    let host = host(dir);
+    let topology = Topology { name: "k".into(), ..Topology::clone(&stable(1, &[&[ME, PEER]])) };
     let addresses = vec![StoreAddress { store: "store-8".into(), address }];
-    host.install(KeyspaceUpdate { topology: Some(topology.clone()), addresses }).await;
+    host.install(KeyspaceUpdate { topology: Some(topology), addresses }).await;
+    (host, serving)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_chosen_by_a_newer_topology_is_not_taken_under_an_older_one() {
+    let (dir, files) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (host, serving) = beside(dir.path(), Cut { version: 2, ..Cut::default() }).await;
+    let replica = open(files.path(), &stable(1, &[&[ME, PEER]]));
+    let keyspace = host.keyspace("u").unwrap();
+    let why = join_from(&keyspace, &replica, PEER, "store-8").await.unwrap_err().to_string();
+    assert!(why.contains("topology version 2 is not known to the writer yet, only 1"), "{why}");
+    assert_eq!(replica.progress.position(PEER), None);
+    serving.abort();
+    host.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_copied_in_two_pieces_follows_from_the_first_pin() {
+    let dir = tempfile::tempdir().unwrap();
+    let (host, serving) = beside(dir.path(), Cut::default()).await;
     let from = Origin { replica: PEER, store: "store-8".into() };
     let mut reader = Reader::new(host.keyspace("u").unwrap(), from, ME, false);
     reader.begin().await.unwrap();

@@ -204,7 +204,9 @@ async fn a_copy_passes_on_no_position_that_does_not_hold_for_the_target() {
     let (sibling, target) = (98, 99);
     host.install(update(stable(UID, 4, &[id, sibling]))).await;
     let position = Position { replica: sibling, epoch: 5, seq: 6 };
-    let batch = PeerBatch { positions: vec![position], ..PeerBatch::default() };
+    // The target may have been here before, as a sibling.
+    let at_the_target = Position { replica: target, epoch: 7, seq: 8 };
+    let batch = PeerBatch { positions: vec![position, at_the_target], ..PeerBatch::default() };
     host.keyspace(UID).unwrap().replica(id).unwrap().apply(batch).await.unwrap();
 
     // One shard becomes two, or gets a copy more.
