@@ -218,7 +218,8 @@ async fn delete(context: &Context, name: &str, wait: bool) -> anyhow::Result<()>
     if !wait {
         return Ok(());
     }
-    match follow(context, name, |_| false).await {
+    // One that is not being deleted has taken the name since.
+    match follow(context, name, |now| now.metadata.deletion_timestamp.is_none()).await {
         Err(error) if crate::exit::code_of(&error) == Code::NotFound => Ok(()),
         ended => ended,
     }

@@ -97,6 +97,7 @@ fn a_cluster_changes_while_someone_waits() {
     cluster.run(&["check", "packages"]).ok();
     assert!(cluster.run(&["keyspace", "compact", "packages"]).ok().contains("store-0"));
     cluster.run(&["keyspace", "delete", "packages", "--wait"]).ok();
+    assert!(cluster.run(&["keyspace", "list"]).ok().contains("no keyspaces"));
     cluster.run(&["get", "packages", "bash"]).fails(3, "keyspace \"packages\" does not exist");
 }
 

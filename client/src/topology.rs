@@ -35,6 +35,27 @@ impl Place<'_> {
     pub fn owns(&self, partition_hash: u64) -> bool {
         jump_hash(partition_hash, self.shards) == self.shard
     }
+
+    /// Whether both may own the same key.
+    fn meets(&self, other: &Self) -> bool {
+        shards_meet(self.shard, self.shards, other.shard, other.shards)
+    }
+
+    /// Whether both own the same keys.
+    fn same(&self, other: &Self) -> bool {
+        (self.shard, self.shards) == (other.shard, other.shards)
+    }
+}
+
+/// What a follower wants of a source, to be asked for many keys: the follower's shard wants them in `current` or
+/// `next`, and the source's shard owns them in the same view or in the one before.
+pub struct Wanted<'a>(Vec<(Place<'a>, Place<'a>)>);
+
+impl Wanted<'_> {
+    /// Whether a key with this hash is wanted.
+    pub fn has(&self, partition_hash: u64) -> bool {
+        self.0.iter().any(|(want, has)| want.owns(partition_hash) && has.owns(partition_hash))
+    }
 }
 
 impl View {
@@ -120,36 +141,34 @@ impl Topology {
         [(self.next.as_ref(), self.current.as_ref()), (self.current.as_ref(), self.previous.as_ref())]
     }
 
-    /// What `follower` wants of `source`, as pairs of places that own it: the one for which the follower gathers it, in
-    /// `current` or `next`, and the one by which the source has it, in the same view or in the one before.
-    fn wanted(&self, source: u64, follower: u64) -> impl Iterator<Item = (Place<'_>, Place<'_>)> {
-        self.wants().into_iter().flat_map(move |(view, before)| {
+    /// What `source` must ship to `follower`.
+    pub fn wanted(&self, source: u64, follower: u64) -> Wanted<'_> {
+        let pairs = self.wants().into_iter().flat_map(|(view, before)| {
             let want = view.and_then(|v| v.place(follower));
-            let has = [view, before].map(|v| v.and_then(|v| v.place(source)));
-            want.into_iter().flat_map(move |want| has.into_iter().flatten().map(move |has| (want, has)))
-        })
+            let has = [view, before].into_iter().flatten().filter_map(|v| v.place(source));
+            want.into_iter().flat_map(move |want| has.clone().map(move |has| (want, has)))
+        });
+        Wanted(pairs.filter(|(want, has)| want.meets(has)).collect())
     }
 
-    /// Whether `source` must ship a key with this hash to `follower`.
+    /// Whether `source` must ship a key with this hash to `follower`. For many keys, ask `wanted` once.
     pub fn ships(&self, source: u64, follower: u64, partition_hash: u64) -> bool {
-        self.wanted(source, follower).any(|(want, has)| want.owns(partition_hash) && has.owns(partition_hash))
+        self.wanted(source, follower).has(partition_hash)
     }
 
     /// Whether `source`'s position at `peer` holds for `target` as well, once that has a copy of what `source` ships
-    /// to it: `target` wants something of `peer`, and all of that `source` wants of `peer` and ships to `target`. An
-    /// old owner of a shard has passed, at its sibling, what it itself no longer wants, so after the switch it passes
-    /// none on.
+    /// to it: each key that `target` wants of `peer`, `source` wants of it too, and ships to `target`. An old owner of
+    /// a shard has passed, at its sibling, what it itself no longer wants, so after the switch it passes none on.
     pub fn passes_on(&self, source: u64, peer: u64, target: u64) -> bool {
-        let same = |a: &Place<'_>, b: &Place<'_>| (a.shard, a.shards) == (b.shard, b.shards);
+        let (of_peer, by_source, from_source) =
+            (self.wanted(peer, target), self.wanted(peer, source), self.wanted(source, target));
         // One shard of two that meet has all that they have in common.
-        let meet = |(want, has): &(Place<'_>, Place<'_>)| shards_meet(want.shard, want.shards, has.shard, has.shards);
-        let passed = |(want, has): (Place<'_>, Place<'_>)| {
-            self.wanted(peer, source).any(|(w, h)| same(&h, &has) && (same(&w, &want) || same(&w, &has)))
-                && self.wanted(source, target).any(|(w, h)| same(&w, &want) && (same(&h, &want) || same(&h, &has)))
+        let passed = |(want, has): &(Place<'_>, Place<'_>)| {
+            by_source.0.iter().any(|(w, h)| h.same(has) && (w.same(want) || w.same(has)))
+                && from_source.0.iter().any(|(w, h)| w.same(want) && (h.same(want) || h.same(has)))
         };
         // A position where nothing is wanted would stand for what is wanted there later.
-        let mut wanted = self.wanted(peer, target).filter(meet).peekable();
-        peer != source && peer != target && wanted.peek().is_some() && wanted.all(passed)
+        peer != source && peer != target && !of_peer.0.is_empty() && of_peer.0.iter().all(passed)
     }
 
     /// Every replica that `follower` must follow: those that may hold a key it

@@ -11,6 +11,7 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
+use vasto_client::topology::Wanted;
 use vasto_client::v1::peer_client::PeerClient;
 use vasto_client::v1::{
     FollowBatch, FollowRequest, FollowResponse, FollowStart, Position, Shipped, SnapshotRequired, Topology, View,
@@ -70,9 +71,9 @@ pub struct Page {
 
 impl Page {
     /// A changed row, if the follower wants it. How many bytes it took.
-    fn add(&mut self, topology: &Topology, (source, follower): (u64, u64), key: Bytes, record: Bytes) -> usize {
+    fn add(&mut self, wanted: &Wanted<'_>, key: Bytes, record: Bytes) -> usize {
         let Ok(seen) = glance(&record) else { return 0 };
-        if !topology.ships(source, follower, seen.partition_hash) {
+        if !wanted.has(seen.partition_hash) {
             return 0;
         }
         let bytes = key.len() + record.len();
@@ -84,8 +85,7 @@ impl Page {
 /// As `page`, from memory alone; `None`: it is not there.
 pub fn recent_page(
     engine: &engine::Engine,
-    topology: &Topology,
-    ids: (u64, u64),
+    wanted: &Wanted<'_>,
     follower_origin: u64,
     seq: u64,
     last_seq: u64,
@@ -93,7 +93,7 @@ pub fn recent_page(
     let (latest, seq) = engine.recent(seq, last_seq, RECENT_BYTES)?;
     let mut page = Page { records: Vec::with_capacity(latest.len()), seq };
     for change in latest.into_iter().filter(|change| change.from != follower_origin) {
-        page.add(topology, ids, change.key, change.record);
+        page.add(wanted, change.key, change.record);
     }
     Some(page)
 }
@@ -105,8 +105,7 @@ pub fn recent_page(
 /// not want the key.
 pub fn page(
     engine: &engine::Engine,
-    topology: &Topology,
-    ids: (u64, u64),
+    wanted: &Wanted<'_>,
     follower_origin: u64,
     seq: u64,
     last_seq: u64,
@@ -123,21 +122,21 @@ pub fn page(
         if bytes >= MESSAGE_BYTES {
             return Ok(page);
         }
-        let mut wanted = Vec::with_capacity(at_once);
-        while wanted.len() < at_once
+        let mut next = Vec::with_capacity(at_once);
+        while next.len() < at_once
             && let Some(line) = lines.next()
         {
             page.seq = line.seq;
             if line.from != follower_origin {
-                wanted.push(line);
+                next.push(line);
             }
         }
-        let keys: Vec<&[u8]> = wanted.iter().map(|line| &line.key[..]).collect();
+        let keys: Vec<&[u8]> = next.iter().map(|line| &line.key[..]).collect();
         let rows = engine.rows_once(&keys)?;
         let before = bytes;
-        for (line, row) in wanted.into_iter().zip(rows) {
+        for (line, row) in next.into_iter().zip(rows) {
             let Some(row) = row.filter(|row| row.seq == line.seq) else { continue };
-            bytes += page.add(topology, ids, line.key, row.record);
+            bytes += page.add(wanted, line.key, row.record);
         }
         at_once = engine::rows_at_once(at_once, bytes - before);
     }
@@ -232,11 +231,12 @@ pub(crate) async fn send(
             let _ = out.send(Ok(respond(message, newer))).await;
             return;
         }
-        let (engine, ids, origin) = (replica.engine.clone(), (replica.id, start.follower), start.origin);
-        let recent = recent_page(&engine, &topology, ids, origin, seq, last_seq);
+        let (engine, source, follower, origin) = (replica.engine.clone(), replica.id, start.follower, start.origin);
+        let recent = recent_page(&engine, &topology.wanted(source, follower), origin, seq, last_seq);
+        let read = move || page(&engine, &topology.wanted(source, follower), origin, seq, last_seq);
         let page = match recent {
             Some(page) => page,
-            None => match keyspace.env().blocking(move || page(&engine, &topology, ids, origin, seq, last_seq)).await {
+            None => match keyspace.env().blocking(read).await {
                 Ok(Ok(page)) => page,
                 Ok(Err(error)) => {
                     tracing::error!(replica = replica.id, %error, "changes can't be read");
@@ -334,7 +334,7 @@ async fn once(keyspace: &Arc<Keyspace>, replica: &Arc<Replica>, source: u64, sto
         .max_decoding_message_size(crate::MESSAGE_LIMIT)
         .max_encoding_message_size(crate::MESSAGE_LIMIT);
     // Before the position: a clean-up in between is then noticed.
-    let asked = replica.asked(keyspace.version());
+    let mut asked = replica.asked(keyspace.version());
     let position = replica.progress.position(source).unwrap_or_default();
     let (requests, stream) = mpsc::channel(16);
     let start = FollowStart {
@@ -373,6 +373,8 @@ async fn once(keyspace: &Arc<Keyspace>, replica: &Arc<Replica>, source: u64, sto
         let Some(response) = response else { return Ok(()) };
         let response = response?;
         if let Some(update) = response.topology {
+            // What comes from here on was chosen by it, also if it can't be taken in.
+            asked = asked.by(update.topology.as_ref().map_or(0, |t| t.version));
             // A task of its own: what it brings may end this one.
             let keyspace = keyspace.clone();
             let _ = tokio::spawn(async move { keyspace.install(update).await }).await;
@@ -476,8 +478,8 @@ async fn catch_up(
         }
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
-    // One at a time: the first copy from a shard brings its positions in the
-    // shard's other replicas, so that the next needs none.
+    // One at a time: the first copy from a shard brings its positions in the shard's other replicas, where they hold
+    // here as well, so that the next needs none.
     let _turn = replica.snapshot_turn.lock().await;
     if replica.progress.position(source).is_some_and(|p| p.epoch == required.epoch) && !known {
         return Ok(());

@@ -229,7 +229,8 @@ impl Progress {
     fn mark_synced(&self, mut positions: BTreeMap<u64, Position>) {
         let mut state = self.state();
         // What was forgotten while the log was synced stays so.
-        positions.retain(|id, _| state.applied.contains_key(id));
+        let stands = |at: &Position, now: &Position| now.epoch == at.epoch && now.seq >= at.seq;
+        positions.retain(|id, at| state.applied.get(id).is_some_and(|now| stands(at, now)));
         if state.synced != positions {
             state.synced = positions;
             drop(state);

@@ -116,7 +116,8 @@ pub async fn serve(
         return;
     }
     let resume_elsewhere = request.after.is_some() && request.epoch != birth.epoch;
-    let source = Source { keyspace: keyspace.clone(), replica: replica.clone(), topology, request, epoch: birth.epoch };
+    let files = request.files_welcome && whole(&topology, replica.id, request.target);
+    let source = Source { keyspace: keyspace.clone(), replica: replica.clone(), request, epoch: birth.epoch };
     if resume_elsewhere {
         let start = SnapshotStart { epoch: birth.epoch, restart: true, ..SnapshotStart::default() };
         let _ = out.send(respond(Message::Start(start))).await;
@@ -133,11 +134,7 @@ pub async fn serve(
             }
             sent
         };
-        if source.request.files_welcome && whole(&source.topology, source.replica.id, source.request.target) {
-            source.files(&mut send)
-        } else {
-            source.records(&mut send)
-        }
+        if files { source.files(&mut send) } else { source.records(&mut send) }
     });
     let sent = sending.await;
     if let Ok(Err(error)) = sent {
@@ -162,7 +159,6 @@ fn faulty(replica: &Replica) -> Option<String> {
 struct Source {
     keyspace: Arc<Keyspace>,
     replica: Arc<Replica>,
-    topology: Arc<Topology>,
     request: SnapshotRequest,
     epoch: u64,
 }
@@ -219,10 +215,11 @@ impl Source {
         }
         let (mut batch, mut bytes, mut gone) = (Vec::new(), 0, false);
         let (source, target) = (self.replica.id, self.request.target);
+        let wanted = topology.wanted(source, target);
         pin.rows(self.request.after.as_deref(), |key, _, encoded| {
             let Ok(seen) = glance(encoded) else { return true };
             let hash = seen.partition_hash;
-            if !topology.ships(source, target, hash) && !topology.hands_over(source, target, hash) {
+            if !wanted.has(hash) && !topology.hands_over(source, target, hash) {
                 return true;
             }
             for part in shipped(Bytes::copy_from_slice(key), Bytes::copy_from_slice(encoded)) {

@@ -581,13 +581,13 @@ async fn a_page_ships_each_current_record_once_and_nothing_back() {
     let given = record("given", 9, Content::Bytes(Bytes::from_static(b"x")));
     replica.apply(from_peer("given", given, 10)).await.unwrap();
     let last = replica.progress.last_seq();
-    let page = |origin| follow::page(&replica.engine, &topology, (ME, PEER), origin, 1, last).unwrap();
+    let page = |origin| follow::page(&replica.engine, &topology.wanted(ME, PEER), origin, 1, last).unwrap();
     let keys = |origin| page(origin).records.into_iter().map(|r| r.key).collect::<Vec<_>>();
     assert_eq!(keys(5), ["once", "twice"], "what its present life gave is not sent back");
     assert_eq!(keys(6), ["once", "twice", "given"], "what an earlier life gave is: it may have lost that");
     assert_eq!(page(5).seq, last);
 
-    let recent = |origin| follow::recent_page(&replica.engine, &topology, (ME, PEER), origin, first, last);
+    let recent = |origin| follow::recent_page(&replica.engine, &topology.wanted(ME, PEER), origin, first, last);
     for origin in [5, 6] {
         let (recent, page) = (recent(origin).unwrap(), page(origin));
         assert_eq!((recent.records, recent.seq), (page.records, page.seq), "memory tells the same");
@@ -611,7 +611,7 @@ async fn a_change_that_meets_a_peers_own_is_sent_to_that_peer() {
     put(&replica, "older").await.unwrap();
     replica.apply(from_peer("older", record("older", time_of(1 << 47), Content::Nothing), 11)).await.unwrap();
     let last = replica.progress.last_seq();
-    let page = follow::page(&replica.engine, &topology, (ME, PEER), 5, 1, last).unwrap();
+    let page = follow::page(&replica.engine, &topology.wanted(ME, PEER), 5, 1, last).unwrap();
     let keys: Vec<_> = page.records.into_iter().map(|r| r.key).collect();
     assert_eq!(keys, ["both"], "the peer has not got what was appended here; what it put over the older it has");
 }

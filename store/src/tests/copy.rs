@@ -27,8 +27,8 @@ use crate::snapshot::{Origin, Part, Reader, join_from};
 #[derive(Default)]
 struct Cut {
     asked: AtomicUsize,
-    /// Of its topology.
-    version: u64,
+    /// Of its topology, with each piece.
+    versions: [u64; 2],
 }
 
 type Out<T> = Result<Response<BoxStream<'static, Result<T, Status>>>, Status>;
@@ -41,8 +41,8 @@ impl Peer for Cut {
 
     async fn snapshot(&self, request: Request<SnapshotRequest>) -> Out<SnapshotResponse> {
         let request = request.into_inner();
-        let version = self.version;
-        let start = |pin| Message::Start(SnapshotStart { epoch: 1, pin, version, ..SnapshotStart::default() });
+        let [first, second] = self.versions;
+        let start = |pin, version| Message::Start(SnapshotStart { epoch: 1, pin, version, ..SnapshotStart::default() });
         let records = |keys: &[&'static str]| {
             let shipped = |key: &&'static str| Shipped {
                 key: Bytes::from_static(key.as_bytes()),
@@ -51,10 +51,10 @@ impl Peer for Cut {
             Message::Records(SnapshotRecords { records: keys.iter().map(shipped).collect() })
         };
         let messages = match self.asked.fetch_add(1, Ordering::SeqCst) {
-            0 => vec![start(10), records(&["a", "b"])],
+            0 => vec![start(10, first), records(&["a", "b"])],
             _ => {
                 assert_eq!((request.after.as_deref(), request.epoch), (Some(&b"a"[..]), 1));
-                vec![start(20), records(&["b", "c"]), Message::End(SnapshotEnd::default())]
+                vec![start(20, second), records(&["b", "c"]), Message::End(SnapshotEnd::default())]
             }
         };
         Ok(Response::new(stream::iter(messages).map(|m| Ok(SnapshotResponse { message: Some(m) })).boxed()))
@@ -96,15 +96,17 @@ async fn beside(dir: &Path, peer: Cut) -> (Arc<Host>, tokio::task::JoinHandle<()
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_was_chosen_by_a_newer_topology_is_not_taken_under_an_older_one() {
-    let (dir, files) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-    let (host, serving) = beside(dir.path(), Cut { version: 2, ..Cut::default() }).await;
-    let replica = open(files.path(), &stable(1, &[&[ME, PEER]]));
-    let keyspace = host.keyspace("u").unwrap();
-    let why = join_from(&keyspace, &replica, PEER, "store-8").await.unwrap_err().to_string();
-    assert!(why.contains("topology version 2 is not known to the writer yet, only 1"), "{why}");
-    assert_eq!(replica.progress.position(PEER), None);
-    serving.abort();
-    host.stop().await;
+    for versions in [[2, 2], [1, 2]] {
+        let (dir, files) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let (host, serving) = beside(dir.path(), Cut { versions, ..Cut::default() }).await;
+        let replica = open(files.path(), &stable(1, &[&[ME, PEER]]));
+        let keyspace = host.keyspace("u").unwrap();
+        let why = join_from(&keyspace, &replica, PEER, "store-8").await.unwrap_err().to_string();
+        assert!(why.contains("topology version 2 is not known to the writer yet, only 1"), "{why}");
+        assert_eq!(replica.progress.position(PEER), None);
+        serving.abort();
+        host.stop().await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

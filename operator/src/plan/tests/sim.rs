@@ -37,6 +37,8 @@ pub(super) struct Replica {
     /// The write learnt at each seq.
     log: Vec<u32>,
     pub(super) has: BTreeSet<u32>,
+    /// Of whom it has a copy.
+    copied: BTreeSet<u64>,
     /// Of each source: epoch, position, its last seq as last heard.
     positions: BTreeMap<u64, (u64, usize, usize)>,
     fence: (u64, usize),
@@ -203,9 +205,7 @@ impl Sim {
             let owner =
                 |view: &Option<View>, id| view.as_ref().is_some_and(|v| v.place(id).is_some_and(|p| p.owns(key)));
             let left = self.stores.values().flat_map(|s| s.replicas.keys()).any(|id| owner(&t.current, *id));
-            // Who may clean now has handed over already.
-            let old = |id| owner(&t.previous, id) && !t.clean.contains(&id);
-            !self.held(*w, t, |id| owner(&t.current, id) || old(id) || (!left && !t.clean.contains(&id)))
+            !self.held(*w, t, |id| owner(&t.current, id) || owner(&t.previous, id) || !left)
         };
         let lost: Vec<u32> = writes.iter().copied().filter(lost).collect();
         self.excused.extend(lost);
@@ -481,6 +481,7 @@ impl Sim {
         for (id, replica) in &mut store.replicas {
             if !named.contains(id) {
                 replica.positions.clear();
+                replica.copied.clear();
             }
             replica.served |= t.current.as_ref().is_some_and(|v| v.place(*id).is_some());
             let old = t.previous.as_ref().is_some_and(|v| v.place(*id).is_some());
@@ -592,6 +593,7 @@ impl Sim {
                     learn(replica, *w);
                 }
                 replica.positions.insert(*source_id, (source.epoch, end, end));
+                replica.copied.insert(*source_id);
                 for (peer, (epoch, at, _)) in source.positions.iter().filter(|(p, _)| t.passes_on(*source_id, **p, *id))
                 {
                     // Its own is as good. How far it lags is known once it follows.
@@ -599,7 +601,7 @@ impl Sim {
                         replica.positions.insert(*peer, (*epoch, *at, at + UNHEARD));
                     }
                 }
-                let complete = groups.iter().all(|g| g.iter().any(|a| replica.positions.contains_key(&a.replica)));
+                let complete = groups.iter().all(|g| g.iter().any(|a| replica.copied.contains(&a.replica)));
                 if !replica.born && complete {
                     (replica.born, replica.epoch) = (true, epoch);
                 }
