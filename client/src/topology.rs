@@ -183,7 +183,7 @@ impl Topology {
             let old = before
                 .into_iter()
                 .flat_map(View::places)
-                .filter(|p| shards_meet(p.shard, p.shards, mine.shard, mine.shards))
+                .filter(|p| mine.meets(p))
                 .filter(|p| !self.clean.contains(&p.assignment.replica));
             for place in same.chain(old) {
                 let id = place.assignment.replica;

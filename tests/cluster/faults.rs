@@ -142,7 +142,7 @@ async fn a_store_whose_volume_is_gone_is_filled_anew() {
         .wait_for("faults", "new replicas on store-1", 60, |resource| {
             let now = topology(resource);
             let old = before.current.iter().flat_map(|v| v.places()).filter(|p| p.assignment.store == "store-1");
-            old.into_iter().all(|p| now.views().all(|v| v.place(p.assignment.replica).is_none()))
+            old.into_iter().all(|p| !now.names(p.assignment.replica))
         })
         .await;
     cluster.settled("faults", 2, 2, 60).await;
@@ -204,7 +204,7 @@ async fn a_replica_whose_files_are_damaged_is_closed_and_made_anew() {
         .wait_for("faults", "new replicas on store-1", 60, |resource| {
             let now = topology(resource);
             let old = before.current.iter().flat_map(|v| v.places()).filter(|p| p.assignment.store == "store-1");
-            old.into_iter().all(|p| now.views().all(|v| v.place(p.assignment.replica).is_none()))
+            old.into_iter().all(|p| !now.names(p.assignment.replica))
         })
         .await;
     damaged.store(false, Ordering::Relaxed);

@@ -31,11 +31,11 @@ pub fn vasto() -> PathBuf {
 /// A port that nobody listens on, below those that the system gives to outgoing connections: a process that is
 /// killed and started again must find its port free, whatever others connect to meanwhile.
 pub fn free_port() -> u16 {
-    /// Those that were given out: nobody may listen there yet.
-    static GIVEN: Mutex<BTreeSet<u16>> = Mutex::new(BTreeSet::new());
+    /// Those that were given out, where nobody may listen yet, and those that were in use.
+    static TRIED: Mutex<BTreeSet<u16>> = Mutex::new(BTreeSet::new());
     loop {
         let port = rand::random_range(10_000..32_000);
-        if GIVEN.lock().unwrap().insert(port) && TcpListener::bind(("127.0.0.1", port)).is_ok() {
+        if TRIED.lock().unwrap().insert(port) && TcpListener::bind(("127.0.0.1", port)).is_ok() {
             return port;
         }
     }

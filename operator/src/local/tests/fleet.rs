@@ -168,7 +168,7 @@ impl Store {
             places.map(|p| (p.shard, p.assignment.replica)).collect()
         };
         for (shard, id) in mine(&t.next) {
-            let named = |id: &u64| t.views().any(|v| v.place(*id).is_some());
+            let named = |id: &u64| t.names(*id);
             if id == 0 && !replicas.iter().any(|(id, r)| r.shard == shard && r.candidate && !named(id)) {
                 let candidate = Replica { shard, candidate: true, ..Replica::default() };
                 replicas.insert(self.env.random_id(), candidate);
