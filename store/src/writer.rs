@@ -202,7 +202,31 @@ pub struct Start {
 }
 
 /// What a batch has made of keys so far.
-type Overlay = HashMap<Bytes, Option<Record>, foldhash::fast::RandomState>;
+#[derive(Default)]
+struct Overlay {
+    /// `None`: deleted.
+    rows: HashMap<Bytes, Option<Record>, foldhash::fast::RandomState>,
+    /// What is not in `rows` yet, in its order: most batches are never asked.
+    later: Vec<(Bytes, Option<Record>)>,
+}
+
+impl Overlay {
+    fn insert(&mut self, key: Bytes, row: Option<Record>) {
+        self.later.push((key, row));
+    }
+
+    fn get(&mut self, key: &[u8]) -> Option<&Option<Record>> {
+        self.rows.extend(self.later.drain(..));
+        self.rows.get(key)
+    }
+
+    fn clear(&mut self) {
+        self.rows.clear();
+        self.rows.shrink_to(KEPT_KEYS);
+        self.later.clear();
+        self.later.shrink_to(KEPT_KEYS);
+    }
+}
 
 type LocalReply = (oneshot::Sender<Vec<Result<Taken, Refused>>>, Vec<Result<Taken, Refused>>);
 
@@ -302,7 +326,6 @@ impl Writer {
     fn keep(&mut self, mut batch: Batch, mut overlay: Overlay) {
         batch.clear();
         overlay.clear();
-        overlay.shrink_to(KEPT_KEYS);
         (self.batch, self.overlay) = (batch, overlay);
     }
 
@@ -310,7 +333,8 @@ impl Writer {
         match command {
             Command::Local(writes, reply, _room) => {
                 self.clock.observe(self.progress.passed());
-                let results = writes.into_iter().map(|w| self.local(w, batch, overlay)).collect();
+                let now = self.env.now_ms();
+                let results = writes.into_iter().map(|write| self.local(write, now, batch, overlay)).collect();
                 // `Synced`: the log is synced before the batch is answered.
                 pending.sync |= self.progress.synced_writes();
                 pending.local.push((reply, results));
@@ -406,7 +430,7 @@ impl Writer {
         self.topology = topology;
     }
 
-    fn existing(&self, key: &Bytes, overlay: &Overlay) -> Result<Option<Record>, Refused> {
+    fn existing(&self, key: &Bytes, overlay: &mut Overlay) -> Result<Option<Record>, Refused> {
         if let Some(record) = overlay.get(key) {
             return Ok(record.clone());
         }
@@ -415,8 +439,12 @@ impl Writer {
     }
 
     /// What the database has of records' keys, for those that the batch has not, and how many bytes that took.
-    fn known(&self, records: &[(Bytes, Record)], overlay: &Overlay) -> Result<(Vec<Option<Record>>, usize), Refused> {
-        let asked: Vec<usize> = (0..records.len()).filter(|index| !overlay.contains_key(&records[*index].0)).collect();
+    fn known(
+        &self,
+        records: &[(Bytes, Record)],
+        overlay: &mut Overlay,
+    ) -> Result<(Vec<Option<Record>>, usize), Refused> {
+        let asked: Vec<usize> = (0..records.len()).filter(|index| overlay.get(&records[*index].0).is_none()).collect();
         let keys: Vec<&[u8]> = asked.iter().map(|index| &records[*index].0[..]).collect();
         let rows = self.engine.rows_once(&keys).inspect_err(|error| self.progress.failed(error)).map_err(internal)?;
         let (mut known, mut bytes) = (vec![None; records.len()], 0);
@@ -433,7 +461,13 @@ impl Writer {
         overlay.insert(key, Some(record));
     }
 
-    fn local(&mut self, write: LocalWrite, batch: &mut Batch, overlay: &mut Overlay) -> Result<Taken, Refused> {
+    fn local(
+        &mut self,
+        write: LocalWrite,
+        now: u64,
+        batch: &mut Batch,
+        overlay: &mut Overlay,
+    ) -> Result<Taken, Refused> {
         if self.progress.fault().is_some() {
             return Err(Refused::new(FailureCode::NotReady, self.progress.fault_text()));
         }
@@ -456,7 +490,6 @@ impl Writer {
                 ),
             ));
         }
-        let now = self.env.now_ms();
         if let Some(after) = write.after
             && !self.clock.pass(after.time, now, self.limits.max_clock_skew_ms)
         {
