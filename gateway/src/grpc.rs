@@ -330,7 +330,7 @@ impl Kv for Service {
                 bytes += length + FRAME;
                 return result;
             }
-            let message = "the answers have more than 16 MiB: ask for fewer keys at a time".to_owned();
+            let message = "the answers have more than 12 MiB: ask for fewer keys at a time".to_owned();
             let error = KvError { code: tonic::Code::OutOfRange as i32, message };
             KvResult { result: Some(kv_result::Result::Error(error)) }
         });
