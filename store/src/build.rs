@@ -26,6 +26,9 @@ use crate::snapshot::{self, Origin, Part, Reader};
 const FILE_BYTES: u64 = 64 << 20;
 /// A file that is copied is synced each time so many bytes have come: whoever else syncs meanwhile waits for no more.
 const SYNC_BYTES: u64 = 8 << 20;
+/// So much of it is written in one call: where the system does not interrupt that, whoever is to have the core waits for
+/// its end.
+const WRITE_BYTES: usize = 16 << 10;
 /// Messages of a stream that may wait for who takes them.
 const AHEAD: usize = 4;
 /// The seq of every row that a replica is born with, when it is born of records.
@@ -273,7 +276,9 @@ fn append(folder: &Path, part: &SnapshotFile) -> std::io::Result<()> {
         return Err(std::io::Error::other(format!("{:?} is no file name", part.name)));
     }
     let mut file = std::fs::OpenOptions::new().create(true).append(true).open(folder.join(name))?;
-    std::io::Write::write_all(&mut file, &part.data)?;
+    for some in part.data.chunks(WRITE_BYTES) {
+        std::io::Write::write_all(&mut file, some)?;
+    }
     let length = file.metadata()?.len();
     if part.last {
         file.sync_all()?;

@@ -384,6 +384,19 @@ async fn after_a_write_that_the_disk_held_up_only_the_thread_writes_for_a_while(
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn each_write_of_a_message_sees_those_before_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let replica = open(dir.path(), &stable(1, &[&[ME]]));
+    let put = |bytes: &'static str| set("key", Content::Bytes(bytes.into()));
+    let append = |bytes: &'static str| write("key", Change::Append(bytes.into()));
+    let done = replica.write(vec![put("a"), append("b"), put("c"), append("d")]).await;
+    assert!(done.iter().all(Result::is_ok), "{done:?}");
+    let row = replica.engine.row(b"key").unwrap().unwrap();
+    let read = Record::decode(row.record).unwrap().read(Env::real().now_ms());
+    assert_eq!(read.content, Content::Bytes("cd".into()));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn writes_take_effect_in_the_order_in_which_they_came_whoever_does_them() {
     let dir = tempfile::tempdir().unwrap();
     let topology = stable(1, &[&[ME]]);
