@@ -347,13 +347,6 @@ pub trait Database: View + Send + Sync {
     /// What was written before this is on the disk when it returns.
     fn sync(&self) -> Result<(), Error>;
 
-    /// Whether all databases together hold more in memory than they are to, and part of it waits here for more of its kind
-    /// before it is written to a file.
-    fn is_crowded(&self) -> bool;
-
-    /// Has that written without more.
-    fn relieve(&self) -> Result<(), Error>;
-
     /// A row's value.
     fn get(&self, family: Family, key: &[u8]) -> Result<Option<Bytes>, Error>;
 
@@ -488,16 +481,6 @@ impl Engine {
     /// Syncs the log: all that was written before survives the machine.
     pub fn sync(&self) -> Result<(), Error> {
         self.db.sync()
-    }
-
-    /// Whether part of what all databases hold in memory, more than they are to, waits here needlessly.
-    pub fn is_crowded(&self) -> bool {
-        self.db.is_crowded()
-    }
-
-    /// Has that written to a file.
-    pub fn relieve(&self) -> Result<(), Error> {
-        self.db.relieve()
     }
 
     /// A record's row.

@@ -561,19 +561,6 @@ impl Keyspace {
                 }
             }
         });
-        let (keyspace, engine) = (self.clone(), replica.engine.clone());
-        member.spawn(async move {
-            loop {
-                tokio::time::sleep(Duration::from_secs(1)).await;
-                if !engine.is_crowded() {
-                    continue;
-                }
-                let crowded = engine.clone();
-                if let Ok(Err(error)) = keyspace.env().blocking_behind(move || crowded.relieve()).await {
-                    tracing::warn!(%error, "what is in memory can't be written to a file");
-                }
-            }
-        });
         let keyspace = self.clone();
         member.spawn(async move {
             let mut collector = Collector::default();

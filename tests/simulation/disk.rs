@@ -374,14 +374,6 @@ impl Database for Memory {
         Ok(())
     }
 
-    fn is_crowded(&self) -> bool {
-        false
-    }
-
-    fn relieve(&self) -> Result<(), Error> {
-        Ok(())
-    }
-
     fn get(&self, family: Family, key: &[u8]) -> Result<Option<Bytes>, Error> {
         Ok(self.state().live.0[family as usize].get(key).cloned())
     }

@@ -7,8 +7,8 @@ use bytes::Bytes;
 use rocksdb::{
     BlockBasedIndexType, BlockBasedOptions, BottommostLevelCompaction, Cache, ColumnFamily, ColumnFamilyDescriptor,
     CompactOptions, DB, DBCompressionType, DBPinnableSlice, DBRawIterator, DBRecoveryMode, DataBlockIndexType, Env,
-    ErrorKind, FlushOptions, IngestExternalFileOptions, Options, ReadOptions, ReadTier, Snapshot, SstFileWriter,
-    WriteBatch, WriteBufferManager, WriteOptions, compaction_filter::Decision,
+    ErrorKind, IngestExternalFileOptions, Options, ReadOptions, ReadTier, Snapshot, SstFileWriter, WriteBatch,
+    WriteBufferManager, WriteOptions, compaction_filter::Decision,
 };
 use vasto_client::threads::a_little_behind;
 use vasto_client::v1::Disk;
@@ -17,8 +17,6 @@ use super::{
     Batch, Collection, Database, Error, Family, Found, MetaRow, Reach, RowCache, Sorted, Storage, Usage, View, Write,
 };
 
-/// Memtables of records that make a file.
-const MERGED: i32 = 4;
 /// Some ten milliseconds of all that a replica can take.
 const RECENT_BYTES: usize = 1 << 20;
 
@@ -63,11 +61,11 @@ impl RocksStorage {
 
     fn records(&self) -> Options {
         let mut records = Options::default();
-        // Small, so that what each put looks through stays in the core's cache; so many go into a file together.
-        records.set_write_buffer_size(4 << 20);
-        records.set_min_write_buffer_number_to_merge(MERGED);
-        records.set_max_write_buffer_number(12);
+        // Small ones that are merged into one file would make puts a fifth cheaper; but with
+        // `min_write_buffer_number_to_merge` above 1 a flush that somebody waits for may never come (RocksDB 11.8).
+        records.set_write_buffer_size(16 << 20);
         records.set_bytes_per_sync(1 << 20);
+        records.set_max_write_buffer_number(3);
         // So that a key that is not in a memtable is not looked for in it.
         records.set_memtable_whole_key_filtering(true);
         records.set_memtable_prefix_bloom_ratio(0.02);
@@ -124,8 +122,7 @@ impl Storage for RocksStorage {
         ];
         let db = DB::open_cf_descriptors(&options, path, families)
             .map_err(|source| Error::Rocks { path: path.to_owned(), source })?;
-        let (path, write_buffers) = (path.to_owned(), self.write_buffers.clone());
-        Ok(Box::new(Rocks { db, path, sorted: self.records(), write_buffers }))
+        Ok(Box::new(Rocks { db, path: path.to_owned(), sorted: self.records() }))
     }
 
     fn disk(&self, path: &Path) -> Option<Disk> {
@@ -152,8 +149,6 @@ struct Rocks {
     path: PathBuf,
     /// Of sorted files.
     sorted: Options,
-    /// Those of all databases of the process.
-    write_buffers: WriteBufferManager,
 }
 
 impl Rocks {
@@ -247,21 +242,6 @@ impl Database for Rocks {
 
     fn sync(&self) -> Result<(), Error> {
         self.db.flush_wal(true).map_err(self.failed())
-    }
-
-    /// RocksDB itself goes by memtables that are still written to, as if all others were on their way to a file.
-    fn is_crowded(&self) -> bool {
-        if self.write_buffers.get_usage() < self.write_buffers.get_buffer_size() / 8 * 7 {
-            return false;
-        }
-        let waiting = self.db.property_int_value_cf(self.cf(Family::Records), "rocksdb.num-immutable-mem-table");
-        (1..MERGED as u64).contains(&waiting.ok().flatten().unwrap_or(0))
-    }
-
-    fn relieve(&self) -> Result<(), Error> {
-        let mut options = FlushOptions::default();
-        options.set_wait(false);
-        self.db.flush_cf_opt(self.cf(Family::Records), &options).map_err(self.failed())
     }
 
     fn get(&self, family: Family, key: &[u8]) -> Result<Option<Bytes>, Error> {
@@ -398,29 +378,6 @@ mod tests {
         }
         found.sort();
         found
-    }
-
-    #[test]
-    fn memtables_that_wait_for_others_are_written_where_memory_is_scarce() {
-        let dir = tempfile::tempdir().unwrap();
-        let db = RocksStorage::new(1 << 20, 12 << 20).open(dir.path(), Arc::default()).unwrap();
-        let value = vec![7; 64 << 10];
-        let mut seq = 0u64;
-        // Not even as many as make a file.
-        while !db.is_crowded() {
-            assert!(seq < 250, "{:?}", db.usage());
-            seq += 1;
-            let mut batch = Batch::default();
-            batch.put_record(&seq.to_be_bytes(), seq, 0, |out| out.extend_from_slice(&value));
-            db.write(&batch, false).unwrap();
-        }
-        db.relieve().unwrap();
-        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
-        while db.is_crowded() || db.usage().running_flushes > 0 {
-            assert!(std::time::Instant::now() < deadline, "{:?}", db.usage());
-            std::thread::yield_now();
-        }
-        assert!(db.usage().memtable_bytes < 4 << 20, "{:?}", db.usage());
     }
 
     #[test]
