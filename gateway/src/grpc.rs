@@ -34,8 +34,8 @@ mod v1 {
 
 /// The most bytes of a message: a batch, or a value with its key.
 const MAX_MESSAGE: usize = 16 << 20;
-/// Of that, kept for the answers of what changes something.
-const MARGIN: usize = 4 << 20;
+/// The most bytes of answers, after which no read is answered: what is left is for the answers of what changes something.
+const MAX_ANSWERS: usize = MAX_MESSAGE - (4 << 20);
 /// Bytes around each answer of a batch, at most.
 const FRAME: usize = 8;
 /// Requests at once on one of them.
@@ -326,11 +326,11 @@ impl Kv for Service {
         let mut bytes = 0;
         let fitting = results.map(|result| {
             let length = prost::Message::encoded_len(&result);
-            if !matches!(result.result, Some(kv_result::Result::Get(_))) || bytes + length <= MAX_MESSAGE - MARGIN {
+            if !matches!(result.result, Some(kv_result::Result::Get(_))) || bytes + length <= MAX_ANSWERS {
                 bytes += length + FRAME;
                 return result;
             }
-            let message = "the answers have more than 12 MiB: ask for fewer keys at a time".to_owned();
+            let message = format!("the answers have more than {} MiB: ask for fewer keys at a time", MAX_ANSWERS >> 20);
             let error = KvError { code: tonic::Code::OutOfRange as i32, message };
             KvResult { result: Some(kv_result::Result::Error(error)) }
         });
