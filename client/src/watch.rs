@@ -6,9 +6,10 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use futures::Stream;
+use futures::{Stream, StreamExt as _};
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until};
+use tokio_util::sync::CancellationToken;
 
 use crate::env::Env;
 use crate::error::{describe, describe_transport};
@@ -226,7 +227,11 @@ impl Topologies {
         };
         let mut client =
             OperatorClient::new(channel).max_decoding_message_size(MAX_MESSAGE).max_encoding_message_size(MAX_MESSAGE);
-        let mut responses = match client.watch(self.clone().requests(env.clone())).await {
+        // HTTP/2 keeps a stream for as long as its requests may go on: the operator would wait for a client that has gone.
+        let here = CancellationToken::new();
+        let _gone_with_this = here.clone().drop_guard();
+        let requests = self.clone().requests(env.clone()).take_until(here.cancelled_owned());
+        let mut responses = match client.watch(requests).await {
             Ok(response) => response.into_inner(),
             Err(status) => return describe(&status),
         };
@@ -262,7 +267,6 @@ impl Topologies {
 mod tests {
     use super::*;
     use crate::v1::{Assignment, Shard, StoreAddress, Topology, View};
-    use futures::StreamExt as _;
 
     fn update(uid: &str, version: u64, addresses: &[(&str, &str)]) -> KeyspaceUpdate {
         let replicas = ["a", "b"].map(|s| Assignment { store: s.into(), replica: 1, serving: true }).into();

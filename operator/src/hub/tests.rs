@@ -17,6 +17,7 @@ use super::*;
 struct Bench {
     hub: Hub,
     stop: CancellationToken,
+    address: String,
     client: OperatorClient<tonic::transport::Channel>,
 }
 
@@ -69,7 +70,8 @@ impl Bench {
         tokio::spawn(
             server.serve_with_incoming_shutdown(TcpListenerStream::new(listener), stop.clone().cancelled_owned()),
         );
-        Self { hub, stop, client: OperatorClient::new(Env::real().dial(&address).unwrap()) }
+        let client = OperatorClient::new(Env::real().dial(&address).unwrap());
+        Self { hub, stop, address, client }
     }
 
     async fn watch(&self, names: &[&str], known: &[(&str, u64)]) -> Talk<WatchRequest, WatchResponse> {
@@ -231,6 +233,20 @@ async fn who_comes_and_goes_while_watchers_are_waited_for_counts() {
     })
     .await;
     assert_eq!(bench.woken(), None);
+}
+
+#[tokio::test]
+async fn a_client_that_was_dropped_is_waited_for_no_more() {
+    let bench = Bench::new().await;
+    bench.publish(topology("k", 1, &["a"]));
+    let client = vasto_client::Client::connect(&bench.address).unwrap();
+    client.keyspace("k").await.unwrap();
+    assert_eq!(bench.hub.counts().1, 1);
+    drop(client);
+    // Its process goes on, and so do its runtime and what that still has to send.
+    bench.publish(topology("k", 2, &["a"]));
+    bench.until(|hub| !hub.watchers_behind("k", "k-uid", 2)).await;
+    assert_eq!(bench.hub.counts().1, 0);
 }
 
 #[tokio::test]

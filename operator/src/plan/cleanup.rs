@@ -36,7 +36,8 @@ pub(super) fn step(t: &mut Topology, call: &mut Call<'_>) {
                         vacate_in(previous, replica);
                     }
                     t.drops.push(Drop { store, replica, shard: place.shard });
-                } else if old.cleaned_version != t.switch_version {
+                } else if place.shards != t.size() && old.cleaned_version != t.switch_version {
+                    // Else it owns what it owned: a walk through all of its rows would find nothing.
                     if !told {
                         unserve_absent(t, seen, &losing);
                         t.clean.push(replica);
