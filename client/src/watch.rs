@@ -17,9 +17,8 @@ use crate::pipe::MAX_MESSAGE;
 use crate::v1::operator_client::OperatorClient;
 use crate::v1::{KeyspaceUpdate, Known, WatchRequest, WatchResponse, watch_response::Event};
 
-/// About so long after a topology came the operator is told that it did: were it at once, ten thousand receipts would be in
-/// the way of the news for those who don't have it yet.
-const RECEIPT: Duration = Duration::from_millis(200);
+/// Whatever the operator asks for, it is told after this long that a topology came.
+const MAX_RECEIPT: Duration = Duration::from_secs(2);
 
 /// Who sent a topology: the operator knows names, a store only what it was asked about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -102,6 +101,8 @@ struct Told {
 struct State {
     subscriptions: BTreeMap<String, (Arc<Subscription>, u64)>,
     obstacle: String,
+    /// About so long after a topology came the operator wants to be told that it did.
+    receipt: Duration,
 }
 
 /// Every keyspace that a client watches.
@@ -163,6 +164,7 @@ impl Topologies {
                 let Some(topology) = &update.topology else { return };
                 let found = self.state().subscriptions.get(&topology.name).map(|(s, _)| s.clone());
                 let Some(subscription) = found else { return };
+                self.state().receipt = Duration::from_millis(response.receipt_ms.into()).min(MAX_RECEIPT);
                 let (name, version) = (topology.name.clone(), topology.version);
                 if subscription.offer(update, Source::Operator) {
                     tracing::debug!(keyspace = name, version, "took in a topology");
@@ -197,7 +199,7 @@ impl Topologies {
     }
 
     /// The request side of one stream: the latest that the operator has not been told, never a queue of what was.
-    /// Names are asked for at once; that a version has come is said a moment later.
+    /// Names are asked for at once; that a version has come is said when the operator wants to hear it.
     fn requests(self: Arc<Self>, env: Env) -> impl Stream<Item = WatchRequest> + Send + 'static {
         let changed = self.changed.subscribe();
         futures::stream::unfold((self, env, changed, Told::default()), |(all, env, mut changed, told)| async move {
@@ -209,7 +211,7 @@ impl Topologies {
                     return Some((request, (all, env, changed, now_told)));
                 }
                 if !request.known.is_empty() && due.is_none() {
-                    due = Some(Instant::now() + env.jitter(RECEIPT));
+                    due = Some(Instant::now() + env.jitter(all.state().receipt));
                 }
                 tokio::select! {
                     changed = changed.changed() => changed.ok()?,
@@ -316,7 +318,7 @@ mod tests {
         assert_eq!(tell(&all, &mut told), (vec![], vec![]));
         all.subscribe("k");
         assert_eq!(tell(&all, &mut told), (vec!["k".to_string()], vec![]));
-        all.event(WatchResponse { event: Some(Event::Update(update("u", 5, &[]))) });
+        all.event(WatchResponse { event: Some(Event::Update(update("u", 5, &[]))), receipt_ms: 0 });
         assert_eq!(tell(&all, &mut told), (vec![], known(5)));
         all.subscribe("k");
         assert_eq!(tell(&all, &mut told), (vec![], vec![]));
@@ -325,7 +327,8 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn receipts_wait_a_moment_and_names_do_not() {
+    async fn receipts_wait_as_long_as_was_asked_for_and_names_do_not() {
+        const RECEIPT: Duration = Duration::from_millis(200);
         let all = Arc::new(Topologies::new());
         let mut requests = Box::pin(all.clone().requests(Env::real()));
         let mut next = async || {
@@ -333,7 +336,11 @@ mod tests {
             let request = requests.next().await.unwrap();
             (request.keyspaces.len(), request.known, begun.elapsed())
         };
-        let offer = |version| all.event(WatchResponse { event: Some(Event::Update(update("u", version, &[]))) });
+        let after = |receipt: Duration, version| {
+            let event = Some(Event::Update(update("u", version, &[])));
+            all.event(WatchResponse { event, receipt_ms: receipt.as_millis() as u32 });
+        };
+        let offer = |version| after(RECEIPT, version);
         all.subscribe("k");
         let (names, versions, waited) = next().await;
         assert_eq!((names, versions), (1, vec![]));
@@ -348,6 +355,11 @@ mod tests {
         let (names, versions, waited) = next().await;
         assert_eq!((names, versions), (1, known(8)));
         assert!(waited < RECEIPT / 2, "{waited:?}");
+        // At once, where the operator has few to listen to.
+        after(Duration::ZERO, 9);
+        let (names, versions, waited) = next().await;
+        assert_eq!((names, versions), (0, known(9)));
+        assert!(waited < RECEIPT / 2, "{waited:?}");
     }
 
     #[test]
@@ -356,7 +368,7 @@ mod tests {
         let mut told = Told::default();
         let subscription = all.subscribe("k");
         tell(&all, &mut told);
-        all.event(WatchResponse { event: Some(Event::Missing("k".into())) });
+        all.event(WatchResponse { event: Some(Event::Missing("k".into())), receipt_ms: 0 });
         assert_eq!(*subscription.status.borrow(), Status::Missing);
         all.subscribe("k");
         assert_eq!(*subscription.status.borrow(), Status::Asked);

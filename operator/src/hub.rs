@@ -36,6 +36,10 @@ const MAX_WATCHERS: usize = 50_000;
 const MAX_STORES: usize = 8_192;
 /// Of one watcher.
 const MAX_NAMES: usize = 1_024;
+/// How much later receipts are due for each watcher that there is: in about twice this time one can be told.
+const RECEIPT_EACH: Duration = Duration::from_micros(30);
+/// A SWITCH waits for receipts only so long.
+const MAX_RECEIPT: Duration = Duration::from_secs(1);
 /// An update for a store is cut after this many bytes; the rest follows in another.
 const UPDATE_BYTES: usize = 1 << 20;
 
@@ -717,7 +721,8 @@ impl Hub {
 
     fn show(&self, index: &mut Index, topology: &Topology) {
         let event = Some(Event::Update(self.update(index, topology)));
-        let bytes = WatchResponse { event }.encode_to_vec().into();
+        let receipt = (RECEIPT_EACH * index.watchers.len() as u32).min(MAX_RECEIPT);
+        let bytes = WatchResponse { event, receipt_ms: receipt.as_millis() as u32 }.encode_to_vec().into();
         let published = Published { uid: topology.uid.clone(), version: topology.version, bytes };
         let name = index.name(&topology.name);
         name.claimed = true;

@@ -51,7 +51,6 @@ const SPEC: &str = r#"{"shards":3,"replicationFactor":3,"storage":{"size":"100Gi
 const STALLED_WINDOW: u32 = 4 << 10;
 /// As a client has them.
 const CONNECT: Duration = Duration::from_secs(2);
-const RECEIPT: Duration = Duration::from_millis(200);
 const PING: Duration = Duration::from_secs(2);
 const PONG: Duration = Duration::from_secs(3);
 /// Streams that are opened at once where that is not what is measured.
@@ -592,9 +591,11 @@ impl Watcher {
             while let Some(message) = unframed(&mut come) {
                 *failures = 0;
                 self.permit = None;
-                if let Some(news) = self.take(Peek::decode(message)?)? {
+                let answer = Peek::decode(message)?;
+                let receipt = Duration::from_millis(answer.receipt_ms.into());
+                if let Some(news) = self.take(answer)? {
                     if known.is_empty() {
-                        due = Instant::now() + self.board.env.jitter(RECEIPT);
+                        due = Instant::now() + self.board.env.jitter(receipt);
                     }
                     known.push(news);
                 }
@@ -627,6 +628,8 @@ struct Peek {
     update: Option<PeekUpdate>,
     #[prost(string, tag = "2")]
     missing: String,
+    #[prost(uint32, tag = "3")]
+    receipt_ms: u32,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]

@@ -221,13 +221,13 @@ impl v1::operator_server::Operator for FakeOperator {
                         let Some(Ok(request)) = request else { return };
                         for name in &request.keyspaces {
                             let event = Some(answer(name, &world.said.borrow()));
-                            let _ = sender.send(Ok(WatchResponse { event }));
+                            let _ = sender.send(Ok(WatchResponse { event, receipt_ms: 0 }));
                         }
                         world.told.send_modify(|told| told.push(request));
                     }
                     said = said.next() => {
                         let Some(said) = said else { return };
-                        let _ = sender.send(Ok(WatchResponse { event: Some(answer("map", &said)) }));
+                        let _ = sender.send(Ok(WatchResponse { event: Some(answer("map", &said)), receipt_ms: 0 }));
                     }
                 }
             }

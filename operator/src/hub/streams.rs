@@ -114,7 +114,9 @@ impl Watching {
     fn encoded(&self, name: String, shown: Shown) -> Option<Bytes> {
         match shown {
             Shown::Pending => None,
-            Shown::Missing => Some(WatchResponse { event: Some(Event::Missing(name)) }.encode_to_vec().into()),
+            Shown::Missing => {
+                Some(WatchResponse { event: Some(Event::Missing(name)), receipt_ms: 0 }.encode_to_vec().into())
+            }
             // Older than what the watcher has from elsewhere: of no use to it. The
             // same version is sent, since addresses may be news.
             Shown::Update(update) if self.known.get(&update.uid).is_some_and(|v| *v > update.version) => None,
