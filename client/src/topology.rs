@@ -76,6 +76,12 @@ impl View {
     pub fn place(&self, replica: u64) -> Option<Place<'_>> {
         self.places().find(|p| replica != 0 && p.assignment.replica == replica)
     }
+
+    /// The replica of this shard that stands on this store.
+    pub fn on(&self, shard: u32, store: &str) -> Option<&Assignment> {
+        let replicas = self.shards.get(shard as usize).map_or(&[][..], |s| &s.replicas);
+        replicas.iter().find(|a| a.store == store && a.replica != 0)
+    }
 }
 
 impl Topology {

@@ -277,7 +277,9 @@ impl Host {
         let mut heard = usize::from(stores.contains(&self.name.as_str()));
         for store in stores.iter().filter(|s| **s != self.name) {
             let Some(update) = self.ask(keyspace, store).await else { continue };
-            heard += 1;
+            // Another topology under the same version: neither is known to hold.
+            let agrees = update.topology.as_ref().is_none_or(|t| t.version != topology.version || *t == *topology);
+            heard += usize::from(agrees);
             keyspace.install(update).await;
         }
         // A newer view may have another majority: then the next round counts that one.

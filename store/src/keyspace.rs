@@ -283,9 +283,12 @@ impl Keyspace {
         let _turn = self.installing.lock().await;
         let heard = self.heard.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
         if let Some(update) = heard {
-            let version = version_of(&update);
+            let said = update.topology.clone();
             self.take_in(update).await;
-            self.confirm(version);
+            // Not where another topology of the same version is kept: neither is known to hold.
+            if self.update().topology == said {
+                self.confirm(said.map_or(0, |t| t.version));
+            }
         }
     }
 
@@ -310,7 +313,11 @@ impl Keyspace {
         if topology.uid != self.uid || topology.version < version_of(&known) {
             return;
         }
-        if topology.version == version_of(&known) && update.addresses == known.addresses {
+        if topology.version == version_of(&known)
+            && (update.addresses == known.addresses || Some(&topology) != known.topology.as_ref())
+        {
+            // Another topology under the same version is another operator's: which one holds, a greater version will
+            // say, and until then the operator must see that there are two.
             return;
         }
         let path = self.file();
@@ -372,11 +379,13 @@ impl Keyspace {
         for member in self.members_mut().iter_mut().filter(|(id, _)| named.contains(id) || topology.next.is_none()) {
             member.1.unnamed = false;
         }
+        // Where a replica of the shard stands here already, it will have the place: a shrink names it a version later.
+        let stays = |shard| topology.current.iter().any(|v| v.on(shard, &self.store).is_some());
         let wanted: Vec<u32> = topology
             .next
             .iter()
             .flat_map(View::places)
-            .filter(|p| p.assignment.store == self.store && p.assignment.replica == 0)
+            .filter(|p| p.assignment.store == self.store && p.assignment.replica == 0 && !stays(p.shard))
             .map(|p| p.shard)
             .collect();
         for shard in wanted {

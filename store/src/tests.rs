@@ -493,6 +493,28 @@ async fn who_is_no_longer_named_forgets_how_far_it_had_come() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn who_is_to_gain_keys_no_more_forgets_how_far_it_had_come_with_them() {
+    const SIBLING: u64 = PEER + 1;
+    let dir = tempfile::tempdir().unwrap();
+    let shrink = |version, next: &[&[u64]]| {
+        let phase = Phase::Prepare.into();
+        let now = stable(version, &[&[ME, SIBLING], &[PEER]]);
+        Arc::new(Topology { phase, next: Some(view(next)), ..(*now).clone() })
+    };
+    let replica = open(dir.path(), &shrink(1, &[&[ME, SIBLING]]));
+    let gained = record("key", 1, Content::Bytes("x".into()));
+    replica.apply(from_peer("key", gained.clone(), 10)).await.unwrap();
+    let position = Position { replica: SIBLING, epoch: 1, seq: 5 };
+    replica.apply(PeerBatch { positions: vec![position], ..from_peer("key", gained, 11) }).await.unwrap();
+    // By the same shrink it goes on.
+    replica.install(shrink(2, &[&[ME, SIBLING]])).await;
+    assert!(replica.progress.position(PEER).is_some());
+    // By one that knows nothing of what it has begun, as before a majority knows of the shrink.
+    replica.install(shrink(3, &[&[0, 0]])).await;
+    assert_eq!((replica.progress.position(PEER), replica.progress.position(SIBLING)), (None, Some(position)));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_position_that_came_in_the_same_batch_is_forgotten_as_well() {
     let dir = tempfile::tempdir().unwrap();
     let topology = stable(1, &[&[ME, PEER]]);

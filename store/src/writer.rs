@@ -426,8 +426,18 @@ impl Writer {
             self.forget(batch, pending, |_| true);
             pending.sync = true;
         }
+        // It was to gain keys, and is no more, by a topology that knows nothing of that: what comes for it from now on is
+        // dropped, and a position behind that would claim it when it is to gain them again.
+        let place =
+            |view: &Option<vasto_client::v1::View>| view.as_ref()?.place(self.replica).map(|p| (p.shard, p.shards));
+        let gained = place(&self.topology.next);
+        let lost = gained.is_some() && [&topology.current, &topology.next].into_iter().all(|v| place(v) != gained);
         self.accepting = accepting(&topology, self.replica);
         self.topology = topology;
+        if lost {
+            self.forget_strangers(batch, pending);
+            pending.sync = true;
+        }
     }
 
     fn existing(&self, key: &Bytes, overlay: &mut Overlay) -> Result<Option<Record>, Refused> {

@@ -36,9 +36,8 @@ pub(super) fn step(t: &mut Topology, call: &mut Call<'_>) {
                         vacate_in(previous, replica);
                     }
                     t.drops.push(Drop { store, replica, shard: place.shard });
-                } else if old.cleaned_version != t.switch_version {
-                    // Also where the number of shards stays: a shrink that was begun and then forgotten, with a status
-                    // that was lost, may have left keys that nobody else would delete.
+                } else if !losing.is_empty() && old.cleaned_version != t.switch_version {
+                    // Else it owns all that it owned: a walk through its rows would find nothing.
                     if !told {
                         unserve_absent(t, seen, &losing);
                         t.clean.push(replica);

@@ -1,6 +1,7 @@
 //! Which stores hold which shard: from a spec to the stores' names, and from
 //! those to a view that keeps every replica that may stay.
 
+use vasto_client::hash::shards_meet;
 use vasto_client::v1::{Assignment, Shard, View};
 
 /// The stores of each shard, in order of preference.
@@ -32,15 +33,18 @@ pub(super) fn lists(view: &View) -> Lists {
     view.shards.iter().map(|s| s.replicas.iter().map(|a| a.store.clone()).collect()).collect()
 }
 
-/// A view over these stores. Who holds the same shard on the same store now goes
-/// on; other places are empty: candidates are made for them.
+/// A view over these stores. Who holds the same shard on the same store now goes on, unless it is to gain keys of
+/// other shards: its place, as all others, is empty until a majority of stores knows of the change. Candidates that a
+/// forgotten change leaves behind are dropped; what one who stays had copied for it would be left among its own keys.
 pub(super) fn view(lists: &Lists, current: &View) -> View {
-    let place = |shard: usize, store: &String| {
-        let stays = current.shards.get(shard).and_then(|s| s.replicas.iter().find(|a| a.store == *store));
+    let shards = lists.len() as u32;
+    let gains = |shard| (0..current.size()).any(|i| i != shard && shards_meet(i, current.size(), shard, shards));
+    let place = |shard: u32, store: &String| {
+        let stays = current.on(shard, store).filter(|_| !gains(shard));
         stays.cloned().unwrap_or_else(|| Assignment { store: store.clone(), replica: 0, serving: false })
     };
-    let shard = |(i, stores): (usize, &Vec<String>)| Shard { replicas: stores.iter().map(|s| place(i, s)).collect() };
-    View { shards: lists.iter().enumerate().map(shard).collect() }
+    let shard = |(i, stores): (u32, &Vec<String>)| Shard { replicas: stores.iter().map(|s| place(i, s)).collect() };
+    View { shards: (0..).zip(lists).map(shard).collect() }
 }
 
 /// What must be copied to come from one view to the other, as a share of the

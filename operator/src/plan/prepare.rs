@@ -29,7 +29,7 @@ pub(super) fn step(t: &mut Topology, call: &mut Call<'_>) {
     }
 }
 
-/// Writes down the candidates that stores have made; forgets those that are gone, and drops those whose
+/// Writes down who stays and gains keys, and the candidates that stores have made; forgets those that are gone, and drops those whose
 /// files are damaged. True if any.
 fn fill(t: &mut Topology, call: &mut Call<'_>) -> bool {
     let seen = call.seen;
@@ -38,11 +38,13 @@ fn fill(t: &mut Topology, call: &mut Call<'_>) -> bool {
     let dropped: Vec<Drop> = givenup::candidates(t).filter(|d| damaged(d) && keep_out(t, d)).collect();
     let gone: Vec<u64> = givenup::candidates(t).filter(|d| missing(d) || damaged(d)).map(|d| d.replica).collect();
     t.drops.extend(dropped);
-    let Some(next) = &t.next else { return false };
+    let (Some(next), current) = (&t.next, t.current.clone().unwrap_or_default()) else { return false };
     let mut filled = next.clone();
     for shard in 0..next.size() {
         for (place, now) in filled.shards[shard as usize].replicas.iter_mut().zip(places(next, shard)) {
-            if now.replica == 0 {
+            if let Some(stays) = current.on(shard, &now.store) {
+                place.clone_from(stays);
+            } else if now.replica == 0 {
                 place.replica = keep::candidate(t, seen, &now.store, shard).unwrap_or(0);
             } else if gone.contains(&now.replica) {
                 place.replica = 0;
@@ -163,12 +165,13 @@ fn cancel(t: &mut Topology, call: &Call<'_>) {
         }
     }
     drops.retain(|d| keep_out(t, d));
-    let next_size = t.next.as_ref().map_or(0, View::size);
-    if let Some(next) = t.next.take().filter(|_| next_size < t.size()) {
-        let stays = |id: &u64| *id != 0 && t.current.as_ref().is_some_and(|v| v.place(*id).is_some());
-        t.clean = next.places().map(|p| p.assignment.replica).filter(stays).collect();
+    if let (Some(next), Some(current)) = (t.next.take(), &t.current)
+        && next.size() < current.size()
+    {
+        // Also those whose places are still empty: a commit that named them may have been forgotten.
+        let stays = next.places().filter_map(|p| current.on(p.shard, &p.assignment.store));
+        t.clean = stays.map(|a| a.replica).collect();
     }
-    t.next = None;
     t.drops.extend(drops);
     // Names this clean-up; nothing was switched.
     t.switch_version = call.version;

@@ -372,6 +372,48 @@ async fn what_the_operator_said_last_of_an_address_holds() {
     host.stop().await;
 }
 
+/// A shrink names who stays and gains keys only once a majority of stores knows of it.
+#[tokio::test]
+async fn no_candidate_is_made_where_a_replica_of_the_shard_stands() {
+    let dir = tempfile::tempdir().unwrap();
+    let host = host(dir.path(), None);
+    let id = make(&host).await;
+    let shrink = Topology { next: view(&[0, 0]), phase: Phase::Prepare.into(), ..stable(UID, 4, &[id]) };
+    host.install(update(shrink)).await;
+    let ids: Vec<u64> = host.report().keyspaces.iter().flat_map(|k| &k.replicas).map(|r| r.id).collect();
+    assert_eq!(ids, [id]);
+    host.stop().await;
+}
+
+/// Its writers would go by the one, and whoever asks it by the other; and the operator, who makes a greater version of
+/// the one that holds, would not learn that there are two.
+#[tokio::test]
+async fn another_topology_under_the_same_version_is_not_taken_in() {
+    let dir = tempfile::tempdir().unwrap();
+    let host = host(dir.path(), None);
+    let of = |spec: &str, address: &str| KeyspaceUpdate {
+        topology: Some(Topology { spec: spec.into(), ..prepare(UID, 1, &[0]) }),
+        addresses: vec![StoreAddress { store: "store-0".into(), address: address.into() }],
+    };
+    host.install(of("one", "a:1")).await;
+    host.install(of("another", "b:1")).await;
+    let keyspace = host.keyspace(UID).unwrap();
+    let known = || (keyspace.topology().spec.clone(), keyspace.address("store-0").unwrap_or_default());
+    assert_eq!(known(), ("one".into(), "a:1".into()));
+    host.install(of("one", "c:1")).await;
+    assert_eq!(known(), ("one".into(), "c:1".into()));
+    host.stop().await;
+    drop(keyspace);
+    drop(host);
+
+    let host = self::host(dir.path(), None);
+    host.install(of("another", "c:1")).await;
+    assert!(!host.keyspace(UID).unwrap().is_confirmed(), "nobody has said which of the two holds");
+    host.install(of("one", "c:1")).await;
+    assert!(host.keyspace(UID).unwrap().is_confirmed());
+    host.stop().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn beside_anothers_data_no_candidate_is_made_anew() {
     let dir = tempfile::tempdir().unwrap();

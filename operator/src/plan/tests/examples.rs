@@ -214,6 +214,38 @@ fn a_cancelled_shrink_leaves_no_foreign_keys() {
     sim.settled();
 }
 
+/// One store alone hears that a shrink has begun, and goes; so does the status. What the operator finds with the
+/// others is from before, and it goes on from there: what that store has done is heard of no more. So it may be with the
+/// shrink's first version, and with the one that names its replicas.
+#[test]
+fn a_shrink_that_is_forgotten_leaves_no_foreign_keys() {
+    for heard_by_all in 0..2 {
+        let mut sim = Sim::in_use(3, 2);
+        sim.scale(2, 2);
+        for _ in 0..heard_by_all {
+            sim.round();
+        }
+        sim.tick(false);
+        assert_eq!(sim.phase(), Phase::Prepare);
+        sim.deliver("store-0");
+        sim.act("store-0");
+        // From others it would copy nothing before they know of the shrink.
+        for pair in sim.pairs().into_iter().filter(|(by, _, of, _)| by == "store-0" && of == "store-0") {
+            sim.follow(&pair, usize::MAX);
+        }
+        sim.die("store-0");
+        assert!(sim.lose_status());
+        sim.scale(3, 2);
+        // So that it is not the store that has the newest version.
+        sim.spec.spec_json = "another".into();
+        for _ in 0..3 {
+            sim.round();
+        }
+        sim.back("store-0");
+        sim.settled();
+    }
+}
+
 #[test]
 fn a_store_that_is_away_is_waited_for_in_each_phase() {
     for rf in [1, 2] {

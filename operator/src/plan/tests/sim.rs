@@ -460,7 +460,8 @@ impl Sim {
         }
         store.unnamed.retain(|id| !named.contains(id) && t.next.is_some() && store.replicas.contains_key(id));
         for place in t.next.iter().flat_map(View::places) {
-            let waiting = place.assignment.store == name && place.assignment.replica == 0;
+            let stays = t.current.as_ref().is_some_and(|v| v.on(place.shard, name).is_some());
+            let waiting = place.assignment.store == name && place.assignment.replica == 0 && !stays;
             if waiting && store.unnamed.iter().all(|id| store.replicas[id].shard != place.shard) {
                 let id = self.id();
                 store.unnamed.insert(id);
