@@ -13,7 +13,7 @@ use indicatif::ProgressBar;
 use serde_json::json;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
-use vasto_client::env::{Env, endpoint};
+use vasto_client::Env;
 use vasto_client::hash::partition_hash;
 use vasto_client::{Client, Data, Keyspace, Op, Options};
 
@@ -305,7 +305,7 @@ impl Pending {
 /// A client by whose clock it is 1970, so that the ttl of a put is its expiry, to the millisecond.
 /// Clients need a clock for nothing else.
 fn at_the_epoch(context: &Context) -> Client {
-    let env = Env::new(|| 0, rand::random::<u64>, |address| Ok(endpoint(address)?.connect_lazy()));
+    let env = Env::new(|| 0, rand::random::<u64>, |endpoint| endpoint.connect_lazy());
     Client::with(env, context.global.operator.clone()).deadline(context.global.timeout)
 }
 

@@ -19,7 +19,7 @@ use crate::v1::{Answer, Operation};
 type Answers = dyn Fn(Vec<Operation>) -> BoxFuture<'static, Vec<Answer>> + Send + Sync;
 /// The stores of one process by their addresses.
 type Near = Arc<RwLock<HashMap<String, Arc<Answers>>>>;
-type Dial = dyn Fn(&str) -> Result<Channel, tonic::transport::Error> + Send + Sync;
+type Dial = dyn Fn(Endpoint) -> Channel + Send + Sync;
 /// How long the next piece of work takes.
 type Pace = dyn Fn() -> Duration + Send + Sync;
 /// What becomes of the next message of a stream.
@@ -68,15 +68,15 @@ impl Env {
         Self::new(
             || SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64),
             rand::random::<u64>,
-            |address| Ok(endpoint(address)?.connect_lazy()),
+            |endpoint| endpoint.connect_lazy(),
         )
     }
 
-    /// `now_ms`: unix milliseconds. `random`: 64 uniform bits. `dial`: a lazy channel to `host:port`.
+    /// `now_ms`: unix milliseconds. `random`: 64 uniform bits. `dial`: a lazy channel.
     pub fn new(
         now_ms: impl Fn() -> u64 + Send + Sync + 'static,
         random: impl Fn() -> u64 + Send + Sync + 'static,
-        dial: impl Fn(&str) -> Result<Channel, tonic::transport::Error> + Send + Sync + 'static,
+        dial: impl Fn(Endpoint) -> Channel + Send + Sync + 'static,
     ) -> Self {
         Self {
             now_ms: Arc::new(now_ms),
@@ -241,7 +241,16 @@ impl Env {
 
     /// A channel to `host:port` that connects when first used.
     pub fn dial(&self, address: &str) -> Result<Channel, tonic::transport::Error> {
-        (self.dial)(address)
+        Ok((self.dial)(endpoint(address)?))
+    }
+
+    /// The same for what comes in bulk and may take its time: it is received in the background, and who serves it knows
+    /// by the window to send it so.
+    pub fn dial_bulk(&self, address: &str) -> Result<Channel, tonic::transport::Error> {
+        let endpoint = endpoint(address)?.initial_stream_window_size(BULK_WINDOW);
+        let background = self.background();
+        let _here = background.enter();
+        Ok((self.dial)(endpoint))
     }
 }
 
@@ -262,12 +271,17 @@ impl Drop for Offer {
     }
 }
 
+/// Bytes of a stream that may be under way.
+const WINDOW: u32 = 4 << 20;
+/// The same where data moves in bulk; no other connection announces just as many.
+pub const BULK_WINDOW: u32 = WINDOW / 4 * 3;
+
 /// The settings every connection shares: keep-alive that notices a dead peer within seconds.
 pub fn endpoint(address: &str) -> Result<Endpoint, tonic::transport::Error> {
     Ok(Endpoint::from_shared(format!("http://{address}"))?
         .connect_timeout(Duration::from_secs(2))
         .tcp_nodelay(true)
-        .initial_stream_window_size(4 << 20)
+        .initial_stream_window_size(WINDOW)
         .initial_connection_window_size(16 << 20)
         .http2_keep_alive_interval(Duration::from_secs(2))
         .keep_alive_timeout(Duration::from_secs(3))

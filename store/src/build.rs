@@ -148,7 +148,7 @@ impl Building {
             }
         }
         let (path, dir, storage) = (self.dir.join("db"), ingest.clone(), storage.clone());
-        let opened = keyspace.env().blocking(move || Engine::open(&path, &*storage)).await;
+        let opened = keyspace.env().blocking_behind(move || Engine::open(&path, &*storage)).await;
         let engine = opened.map_err(|e| snapshot::Error::Store(e.to_string()))??;
         let merging = keyspace.env().blocking_behind(move || {
             let files = merge_into_files(&engine, &dir, streams, &count)?;
@@ -174,7 +174,7 @@ impl Building {
         let horizon = done.iter().filter_map(|r| r.start.as_ref()).map(|s| s.horizon).max().unwrap_or(0);
         let birth = Birth { births, positions, clock, seq: BIRTH_SEQ, epoch: keyspace.env().random_id(), horizon };
         let id = self.id;
-        let born = keyspace.env().blocking(move || {
+        let born = keyspace.env().blocking_behind(move || {
             engine.ingest(files)?;
             birth.write(&engine, id)
         });
@@ -219,7 +219,7 @@ impl Building {
         let reader = reading.await.map_err(|e| snapshot::Error::Store(e.to_string()))??;
         let start = reader.start.clone().unwrap_or_default();
         let (id, epoch, storage, clock) = (self.id, keyspace.env().random_id(), storage.clone(), reader.clock);
-        let born = keyspace.env().blocking(move || {
+        let born = keyspace.env().blocking_behind(move || {
             let engine = Engine::open(&db, &*storage)?;
             let theirs = meta::read(&engine)?;
             // All that the files hold, the source had at this seq.

@@ -17,6 +17,7 @@ pub mod engine;
 mod follow;
 mod host;
 mod keyspace;
+mod lanes;
 mod leave;
 mod meta;
 mod metrics;
@@ -38,15 +39,11 @@ use std::time::Duration;
 
 use futures::{Stream, StreamExt};
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::mpsc;
-use tokio::task::{JoinError, JoinSet};
-use tokio_stream::wrappers::ReceiverStream;
+use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::server::{Connected, Router};
-use vasto_client::accept::{accept, connections};
+use vasto_client::accept::connections;
 use vasto_client::env::Env;
-use vasto_client::threads::Threads;
 use vasto_client::v1::{peer_server::PeerServer, store_server::StoreServer};
 
 use engine::Storage;
@@ -54,8 +51,6 @@ pub use metrics::Monitor;
 
 /// No message is larger, either way.
 pub(crate) const MESSAGE_LIMIT: usize = 16 << 20;
-/// Connections that may wait for the thread that is to serve them.
-const ACCEPTED: usize = 256;
 /// How long a store that stops waits for what still reads its files.
 const CLOSED_WITHIN: Duration = Duration::from_secs(2);
 
@@ -138,9 +133,10 @@ pub async fn serve(options: Options, env: Env, listener: TcpListener, stop: Canc
     let address = listener.local_addr()?.to_string();
     let options = Options { advertise: options.advertise.or(Some(address)), ..options };
     let threads = env.threads().cloned();
+    let background = env.background();
     let serving = |router: Router, cut: CancellationToken| async move {
         match threads {
-            Some(threads) => deal_out(listener, &threads, router, cut).await,
+            Some(threads) => lanes::serve(listener, threads, &background, router, cut).await,
             None => router.serve_with_incoming(cut_by(connections(listener), cut)).await,
         }
     };
@@ -153,39 +149,6 @@ fn cut_by<C>(
     cut: CancellationToken,
 ) -> impl Stream<Item = io::Result<cut::Cut<C>>> {
     connections.map(move |c| c.map(|connection| cut::Cut::new(connection, &cut)))
-}
-
-/// Serves each connection on one of these threads, in turn.
-async fn deal_out(
-    listener: TcpListener,
-    threads: &Threads,
-    router: Router,
-    cut: CancellationToken,
-) -> Result<(), tonic::transport::Error> {
-    let mut serving = JoinSet::new();
-    let lanes = threads.all().iter().map(|thread| {
-        let (lane, connections) = mpsc::channel(ACCEPTED);
-        let connections = ReceiverStream::new(connections).map(TcpStream::from_std);
-        serving.spawn_on(router.clone().serve_with_incoming(cut_by(connections, cut.clone())), thread);
-        lane
-    });
-    let lanes: Vec<mpsc::Sender<std::net::TcpStream>> = lanes.collect();
-    loop {
-        let connection = tokio::select! {
-            connection = accept(&listener) => connection.into_std(),
-            Some(ended) = serving.join_next() => return match ended.map_err(JoinError::try_into_panic) {
-                Ok(ended) => ended,
-                Err(Ok(panic)) => std::panic::resume_unwind(panic),
-                // Its thread has ended: the process does.
-                Err(Err(_)) => Ok(()),
-            },
-        };
-        match connection {
-            // A thread that is this far behind is waited for; one that has ended is noticed above.
-            Ok(connection) => _ = lanes[threads.turn()].send(connection).await,
-            Err(error) => tracing::warn!(%error, "a connection can't be served"),
-        }
-    }
 }
 
 /// The same for connections of any kind, and databases of any kind; `options.advertise` says where it is reached.

@@ -387,12 +387,7 @@ impl Reader {
     async fn open(&self) -> Result<Streaming<SnapshotResponse>, Error> {
         let address =
             self.keyspace.address(&self.from.store).ok_or_else(|| Error::NoAddress(self.from.store.clone()))?;
-        let channel = {
-            // Whatever this connection brings is received in the background.
-            let background = self.keyspace.env().background();
-            let _here = background.enter();
-            self.keyspace.env().dial(&address)?
-        };
+        let channel = self.keyspace.env().dial_bulk(&address)?;
         let mut client = PeerClient::new(channel)
             .max_decoding_message_size(crate::MESSAGE_LIMIT)
             .max_encoding_message_size(crate::MESSAGE_LIMIT);

@@ -10,10 +10,11 @@ use futures::Stream;
 use hyper_util::rt::TokioIo;
 use rand::{Rng, RngExt, SeedableRng, rngs::StdRng};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tonic::transport::Endpoint;
 use tonic::transport::server::Connected;
 use turmoil::net::{TcpListener, TcpStream};
 use vasto_client::Env;
-use vasto_client::env::{Delivery, endpoint};
+use vasto_client::env::Delivery;
 
 /// Unix ms at the beginning: 2026-01-01.
 pub const EPOCH_MS: u64 = 1_767_225_600_000;
@@ -43,7 +44,7 @@ pub fn env(seed: u64, quirks: Arc<Mutex<Quirks>>) -> Env {
         let skew = clock.lock().unwrap().skew_ms;
         (EPOCH_MS + elapsed().as_millis() as u64).saturating_add_signed(skew)
     };
-    let dial = |address: &str| Ok(endpoint(address)?.connect_with_connector_lazy(tower::service_fn(connect)));
+    let dial = |endpoint: Endpoint| endpoint.connect_with_connector_lazy(tower::service_fn(connect));
     let pace = move || {
         let most = disk.lock().unwrap().slow_ms;
         Duration::from_millis(if most == 0 { 0 } else { chance.lock().unwrap().random_range(0..=most) })
