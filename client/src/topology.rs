@@ -77,6 +77,11 @@ impl View {
         self.places().find(|p| replica != 0 && p.assignment.replica == replica)
     }
 
+    /// The shard of a replica, and how many there are: by these two one knows whose the keys are.
+    pub fn shard_of(&self, replica: u64) -> Option<(u32, u32)> {
+        self.place(replica).map(|p| (p.shard, p.shards))
+    }
+
     /// The replica of this shard that stands on this store.
     pub fn on(&self, shard: u32, store: &str) -> Option<&Assignment> {
         let replicas = self.shards.get(shard as usize).map_or(&[][..], |s| &s.replicas);

@@ -132,11 +132,10 @@ pub async fn serve(options: Options, env: Env, listener: TcpListener, stop: Canc
     let storage = Arc::new(engine::RocksStorage::new(options.cache_bytes, options.write_buffer_bytes));
     let address = listener.local_addr()?.to_string();
     let options = Options { advertise: options.advertise.or(Some(address)), ..options };
-    let threads = env.threads().cloned();
-    let background = env.background();
+    let lanes = env.threads().map(|threads| (threads.clone(), env.background()));
     let serving = |router: Router, cut: CancellationToken| async move {
-        match threads {
-            Some(threads) => lanes::serve(listener, threads, &background, router, cut).await,
+        match lanes {
+            Some((threads, behind)) => lanes::serve(listener, threads, &behind, router, cut).await,
             None => router.serve_with_incoming(cut_by(connections(listener), cut)).await,
         }
     };

@@ -67,24 +67,24 @@ impl From<engine::Error> for Error {
 
 /// Whether the target wants all that the source has, so that its files serve as they are.
 fn whole(topology: &Topology, source: u64, target: u64) -> bool {
-    let place = |view: Option<&View>, id| view.and_then(|v| v.place(id)).map(|p| (p.shard, p.shards));
+    let shard = |view: &Option<View>, id| view.as_ref().and_then(|v| v.shard_of(id));
     // Only while nothing foreign can be there: a change is being prepared, none is being cleaned up.
     if topology.phase() != Phase::Prepare {
         return false;
     }
-    let has = place(topology.current.as_ref(), source);
-    let wants = place(topology.next.as_ref(), target);
-    has.is_some() && has == wants && place(topology.current.as_ref(), target).is_none()
+    let has = shard(&topology.current, source);
+    let wants = shard(&topology.next, target);
+    has.is_some() && has == wants && shard(&topology.current, target).is_none()
 }
 
 /// The part of the source's records that jump hash gives to the target.
 fn share(topology: &Topology, source: u64, target: u64) -> f64 {
-    let place = |view: Option<&View>, id| view.and_then(|v| v.place(id)).map(|p| (p.shard, f64::from(p.shards)));
+    let shard = |view: &Option<View>, id| view.as_ref().and_then(|v| v.shard_of(id));
     let pairs = [(&topology.next, &topology.current), (&topology.current, &topology.previous)];
-    let found = pairs.into_iter().find_map(|(to, from)| place(to.as_ref(), target).zip(place(from.as_ref(), source)));
+    let found = pairs.into_iter().find_map(|(to, from)| shard(to, target).zip(shard(from, source)));
     match found {
-        Some(((j, m), (i, n))) if i == j => (n / m).min(1.0),
-        Some(((_, m), _)) => 1.0 / m,
+        Some(((j, m), (i, n))) if i == j => (f64::from(n) / f64::from(m)).min(1.0),
+        Some(((_, m), _)) => 1.0 / f64::from(m),
         None => 1.0,
     }
 }

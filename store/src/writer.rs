@@ -12,7 +12,7 @@ use bytes::Bytes;
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
 use vasto_client::env::Env;
 use vasto_client::hash::jump_hash;
-use vasto_client::v1::{FailureCode, Phase, Position, Returning, Topology};
+use vasto_client::v1::{self, FailureCode, Phase, Position, Returning, Topology};
 
 use crate::clock::Clock;
 use crate::engine::{Batch, Engine, rows_at_once};
@@ -428,10 +428,9 @@ impl Writer {
         }
         // It was to gain keys, and is no more, by a topology that knows nothing of that: what comes for it from now on is
         // dropped, and a position behind that would claim it when it is to gain them again.
-        let place =
-            |view: &Option<vasto_client::v1::View>| view.as_ref()?.place(self.replica).map(|p| (p.shard, p.shards));
-        let gained = place(&self.topology.next);
-        let lost = gained.is_some() && [&topology.current, &topology.next].into_iter().all(|v| place(v) != gained);
+        let shard = |view: &Option<v1::View>| view.as_ref().and_then(|v| v.shard_of(self.replica));
+        let gained = shard(&self.topology.next);
+        let lost = gained.is_some() && ![shard(&topology.current), shard(&topology.next)].contains(&gained);
         self.accepting = accepting(&topology, self.replica);
         self.topology = topology;
         if lost {

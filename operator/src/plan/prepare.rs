@@ -29,8 +29,8 @@ pub(super) fn step(t: &mut Topology, call: &mut Call<'_>) {
     }
 }
 
-/// Writes down who stays and gains keys, and the candidates that stores have made; forgets those that are gone, and drops those whose
-/// files are damaged. True if any.
+/// Writes down who stays and gains keys, and the candidates that stores have made; forgets those that are gone, and drops
+/// those whose files are damaged. True if any.
 fn fill(t: &mut Topology, call: &mut Call<'_>) -> bool {
     let seen = call.seen;
     let damaged = |d: &Drop| seen.replica(&d.store, d.replica).is_some_and(|r| r.quarantined);
