@@ -12,6 +12,7 @@ use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 use tonic::transport::{Channel, Endpoint};
 
+use crate::background::Background;
 use crate::threads::Threads;
 use crate::v1::{Answer, Operation};
 
@@ -54,7 +55,7 @@ pub struct Env {
     /// Where set, connections are served there.
     threads: Option<Threads>,
     /// Started when first needed; without it, there are only threads like all others.
-    behind: Arc<OnceLock<Option<Threads>>>,
+    background: Arc<OnceLock<Option<Background>>>,
 }
 
 /// Work that blocked did not end: it panicked.
@@ -86,7 +87,7 @@ impl Env {
             unruly: None,
             near: None,
             threads: None,
-            behind: Arc::default(),
+            background: Arc::default(),
         }
     }
 
@@ -174,13 +175,16 @@ impl Env {
         tokio::task::spawn_blocking(work).await.map_err(|_| Panicked)
     }
 
+    fn behind(&self) -> Option<&Background> {
+        if self.is_on_one_thread() {
+            return None;
+        }
+        self.background.get_or_init(|| Background::start().ok()).as_ref()
+    }
+
     /// Where to do what takes long and nobody waits for: the system runs it behind all else.
     pub fn background(&self) -> Handle {
-        if self.is_on_one_thread() {
-            return Handle::current();
-        }
-        let behind = self.behind.get_or_init(|| Threads::behind_others().ok());
-        behind.as_ref().map_or_else(Handle::current, |threads| threads.next().clone())
+        self.behind().map_or_else(Handle::current, |background| background.tasks().clone())
     }
 
     /// As `blocking`, in the background.
@@ -188,10 +192,21 @@ impl Env {
         &self,
         work: impl FnOnce() -> T + Send + 'static,
     ) -> Result<T, Panicked> {
-        if self.is_on_one_thread() {
-            return self.blocking(work).await;
+        match self.behind() {
+            Some(background) => background.blocking(work).await.map_err(|_| Panicked),
+            None => self.blocking(work).await,
         }
-        self.background().spawn_blocking(work).await.map_err(|_| Panicked)
+    }
+
+    /// The same for what takes a millisecond or two: whoever else wants a core goes before it.
+    pub async fn piece_behind<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T, Panicked> {
+        match self.behind() {
+            Some(background) => background.piece(work).await.map_err(|_| Panicked),
+            None => self.blocking(work).await,
+        }
     }
 
     /// Does, in the background, work that blocks and gives out one thing after another, no faster than `out` takes

@@ -28,6 +28,7 @@
 //! ```
 
 pub mod accept;
+mod background;
 mod client;
 pub mod env;
 mod error;

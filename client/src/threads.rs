@@ -9,9 +9,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use tokio::runtime::{Builder, Handle};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-/// How nice a thread is that steps back: where all are busy, it gets a tenth of what another does.
-const BEHIND: i32 = 10;
-/// The same by a third.
+/// How nice a thread is behind others: where all are busy, it gets a tenth of what another does.
+pub(crate) const BEHIND: i32 = 10;
+/// The same, a third.
 const A_LITTLE_BEHIND: i32 = 5;
 
 /// So many threads; they end with the last clone of this.
@@ -27,24 +27,13 @@ struct Inner {
 impl Threads {
     /// Starts them; at least one.
     pub fn start(count: usize) -> io::Result<Self> {
-        Self::start_each("serve", count, || {})
-    }
-
-    /// One that the system runs behind others, as it does those on which its runtime does work that blocks.
-    pub fn behind_others() -> io::Result<Self> {
-        Self::start_each("behind", 1, || step_back(BEHIND))
-    }
-
-    /// Each of them, and each on which one's runtime does work that blocks, begins with this.
-    fn start_each(name: &str, count: usize, begin: fn()) -> io::Result<Self> {
         let stop = CancellationToken::new();
         let mut handles = Vec::new();
         for number in 0..count.max(1) {
-            let runtime = Builder::new_current_thread().enable_all().on_thread_start(begin).build()?;
+            let runtime = Builder::new_current_thread().enable_all().build()?;
             handles.push(runtime.handle().clone());
             let stop = stop.clone();
-            std::thread::Builder::new().name(format!("{name}-{number}")).spawn(move || {
-                begin();
+            std::thread::Builder::new().name(format!("serve-{number}")).spawn(move || {
                 runtime.block_on(stop.cancelled());
                 // Not by dropping it, which would wait for reads that wait for the disk.
                 runtime.shutdown_background();
@@ -82,7 +71,7 @@ pub fn a_little_behind(work: impl FnOnce() + Send) {
 
 /// Lets other threads go before this one. A thread may never step forward again, so only its own may step back.
 #[cfg_attr(not(target_os = "linux"), allow(unused_variables))]
-fn step_back(nice: i32) {
+pub(crate) fn step_back(nice: i32) {
     // Elsewhere it would be the whole process that steps back.
     #[cfg(target_os = "linux")]
     let _ = rustix::process::setpriority_process(None, nice);
@@ -108,14 +97,10 @@ mod tests {
     }
 
     #[cfg(target_os = "linux")]
-    #[tokio::test]
-    async fn what_is_behind_others_is_so_with_all_its_threads() {
+    #[test]
+    fn threads_that_are_started_a_little_behind_are_so() {
         let nice = || rustix::process::getpriority_process(None).unwrap();
         let here = nice();
-        let behind = Threads::behind_others().unwrap();
-        let task = behind.next().spawn(async move { nice() }).await.unwrap();
-        let blocking = behind.next().spawn_blocking(nice).await.unwrap();
-        assert_eq!((task, blocking, nice()), (BEHIND, BEHIND, here));
         let mut kept = None;
         a_little_behind(|| kept = std::thread::spawn(nice).join().ok());
         assert_eq!((kept, nice()), (Some(A_LITTLE_BEHIND), here));

@@ -206,10 +206,12 @@ impl Building {
             Part::File(part) => Some(part),
             Part::Records(_) | Part::End => None,
         });
-        while let Some(part) = parts.recv().await {
-            let bytes = part.data.len() as u64;
-            let folder = db.clone();
-            let written = keyspace.env().blocking_behind(move || append(&folder, &part)).await;
+        let mut come = Vec::new();
+        while parts.recv_many(&mut come, AHEAD).await > 0 {
+            let bytes: u64 = come.iter().map(|part| part.data.len() as u64).sum();
+            let (folder, come) = (db.clone(), std::mem::take(&mut come));
+            let append = move || come.iter().try_for_each(|part| append(&folder, part));
+            let written = keyspace.env().piece_behind(append).await;
             written.map_err(|e| snapshot::Error::Store(e.to_string()))?.map_err(|e| store(&db, e))?;
             self.update(source, |s| {
                 s.bytes += bytes;

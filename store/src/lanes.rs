@@ -202,9 +202,8 @@ mod tests {
             let answer = StoreClient::new(channel.unwrap()).compact(CompactRequest::default()).await;
             names.push(answer.unwrap_err().message().to_owned());
         }
-        let served: Vec<bool> = names.iter().map(|name| name.starts_with("serve-")).collect();
-        assert_eq!(served, [true, false, true, false], "{names:?}");
-        assert_eq!((&names[1][..], &names[3][..]), ("behind-0", "behind-0"));
+        let served: Vec<&str> = names.iter().map(|name| name.split('-').next().unwrap_or_default()).collect();
+        assert_eq!(served, ["serve", "behind", "serve", "behind"], "{names:?}");
         cut.cancel();
         serving.abort();
     }

@@ -2,7 +2,9 @@
 //! key order, filtered for the target, or as the checkpoint's own files where
 //! the target wants all of it. The target then follows from the pin.
 
-use std::path::Path;
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -10,6 +12,7 @@ use bytes::Bytes;
 use futures::StreamExt;
 use tokio::sync::mpsc;
 use tonic::{Status, Streaming};
+use vasto_client::env::{Env, Panicked};
 use vasto_client::v1::peer_client::PeerClient;
 use vasto_client::v1::snapshot_response::Message;
 use vasto_client::v1::{
@@ -28,6 +31,8 @@ use crate::writer::PeerBatch;
 
 /// So few that whoever is served on the same thread as the stream waits but shortly.
 const MESSAGE_BYTES: usize = 256 << 10;
+/// So many pieces of files are read in one go: where cores are busy, each go waits for one.
+const AT_ONCE: usize = 4;
 /// The longest rest after a message; each is as long as the message took.
 pub const LONGEST_REST: Duration = Duration::from_millis(5);
 /// Cuts of one stream that are mended by resuming, before the copy begins anew.
@@ -96,15 +101,21 @@ pub fn outdated(topology: &Topology, version: u64) -> Option<String> {
         .then(|| format!("topology version {version} has not come here yet, only {}", topology.version))
 }
 
+/// Where a source's messages go.
+type Out = mpsc::Sender<Result<SnapshotResponse, Status>>;
+
+fn respond(message: Message) -> Result<SnapshotResponse, Status> {
+    Ok(SnapshotResponse { message: Some(message) })
+}
+
+/// Leaves half of the time to others, so the busier the machine, the slower this goes.
+fn rest_since(begun: Instant) {
+    std::thread::sleep(begun.elapsed().min(LONGEST_REST));
+}
+
 /// The source's side of `Snapshot`.
-pub async fn serve(
-    keyspace: Arc<Keyspace>,
-    replica: Arc<Replica>,
-    request: SnapshotRequest,
-    out: mpsc::Sender<Result<SnapshotResponse, Status>>,
-) {
+pub async fn serve(keyspace: Arc<Keyspace>, replica: Arc<Replica>, request: SnapshotRequest, out: Out) {
     let topology = keyspace.topology();
-    let respond = |message| Ok(SnapshotResponse { message: Some(message) });
     let birth = replica.progress.birth();
     if let Some(why) = outdated(&topology, request.version) {
         let _ = out.send(respond(Message::NotReady(why))).await;
@@ -123,21 +134,23 @@ pub async fn serve(
         let _ = out.send(respond(Message::Start(start))).await;
         return;
     }
-    let sending = keyspace.env().produce(out.clone(), move |send| {
-        let mut begun = Instant::now();
-        let mut send = |message| {
-            let sent = send(Ok(SnapshotResponse { message: Some(message) }));
-            // Half of the time is left to others, so the busier the machine, the slower this goes.
-            if !source.keyspace.env().is_on_one_thread() {
-                std::thread::sleep(begun.elapsed().min(LONGEST_REST));
-                begun = Instant::now();
-            }
-            sent
+    let sent = if files {
+        source.files(&out).await
+    } else {
+        let records = move |send: &mut dyn FnMut(_) -> bool| {
+            let mut begun = Instant::now();
+            source.records(&mut |message| {
+                let sent = send(respond(message));
+                if !source.keyspace.env().is_on_one_thread() {
+                    rest_since(begun);
+                    begun = Instant::now();
+                }
+                sent
+            })
         };
-        if files { source.files(&mut send) } else { source.records(&mut send) }
-    });
-    let sent = sending.await;
-    if let Ok(Err(error)) = sent {
+        keyspace.env().produce(out.clone(), records).await.unwrap_or(Ok(()))
+    };
+    if let Err(error) = sent {
         tracing::warn!(replica = replica.id, %error, "a snapshot was not sent whole");
         replica.progress.failed(&error);
         let _ = out.send(Err(Status::internal(error.to_string()))).await;
@@ -242,44 +255,38 @@ impl Source {
         Ok(())
     }
 
-    fn files(&self, send: Send<'_>) -> Result<(), engine::Error> {
-        let (pin, positions) = (self.replica.progress.last_seq(), self.replica.progress.positions());
+    /// Sends a checkpoint's own files, piece by piece.
+    async fn files(self, out: &Out) -> Result<(), engine::Error> {
+        let env = self.keyspace.env().clone();
         let path = self.replica.dir.join(format!("checkpoint-{:016x}", self.request.target));
-        let io = |source: std::io::Error| engine::Error::Io { path: path.clone(), source };
-        if path.exists() {
-            std::fs::remove_dir_all(&path).map_err(io)?;
-        }
-        self.replica.engine.checkpoint(&path)?;
-        let topology = self.keyspace.topology();
-        let sent = match self.secure(&topology) {
-            Ok(Some(why)) => {
-                send(Message::NotReady(why));
+        let folder = path.clone();
+        let made = env.blocking_behind(move || self.checkpoint(&folder)).await;
+        let sent = match made {
+            Ok(Ok(Ok(checkpoint))) => checkpoint.send(&env, out).await,
+            Ok(Ok(Err(why))) => {
+                let _ = out.send(respond(Message::NotReady(why))).await;
                 Ok(())
             }
-            Ok(None) => {
-                let positions = self.passed_on(&topology, positions.into_values());
-                self.send_files(&path, (pin, positions, topology.version), send).map_err(io)
-            }
-            Err(error) => Err(error),
+            Ok(Err(error)) => Err(error),
+            Err(Panicked) => Ok(()),
         };
-        std::fs::remove_dir_all(&path).map_err(io)?;
-        sent
+        let removed = env.blocking_behind(move || remove(&path)).await;
+        sent.and(removed.unwrap_or(Ok(())))
     }
 
-    fn send_files(
-        &self,
-        path: &Path,
-        (pin, positions, version): (u64, Vec<Position>, u64),
-        send: Send<'_>,
-    ) -> std::io::Result<()> {
+    /// Makes one there: what is sent of it, or why nothing can be. Blocks.
+    fn checkpoint(&self, path: &Path) -> Result<Result<Checkpoint, String>, engine::Error> {
+        let (pin, positions) = (self.replica.progress.last_seq(), self.replica.progress.positions());
+        remove(path)?;
+        self.replica.engine.checkpoint(path)?;
+        let topology = self.keyspace.topology();
+        if let Some(why) = self.secure(&topology)? {
+            return Ok(Err(why));
+        }
+        let positions = self.passed_on(&topology, positions.into_values());
         let last_seq = self.replica.progress.last_seq();
         let clock = self.replica.progress.clock();
-        let mut files = Vec::new();
-        let mut bytes_total = 0;
-        for entry in crate::dir::entries(path)? {
-            bytes_total += std::fs::metadata(&entry)?.len();
-            files.extend(entry.file_name().map(std::ffi::OsStr::to_owned));
-        }
+        let files = Files::of(path)?;
         let (records_total, _) = self.replica.engine.estimate();
         let start = SnapshotStart {
             epoch: self.epoch,
@@ -287,34 +294,102 @@ impl Source {
             positions,
             files: true,
             records_total,
-            bytes_total,
+            bytes_total: files.bytes,
             restart: false,
             horizon: self.replica.progress.horizon(),
-            version,
+            version: topology.version,
         };
-        if !send(Message::Start(start)) {
+        Ok(Ok(Checkpoint { start, files, end: SnapshotEnd { clock, last_seq } }))
+    }
+}
+
+/// What is sent of a checkpoint, in this order.
+struct Checkpoint {
+    start: SnapshotStart,
+    files: Files,
+    end: SnapshotEnd,
+}
+
+impl Checkpoint {
+    /// Sends it, or as much as is taken.
+    async fn send(self, env: &Env, out: &Out) -> Result<(), engine::Error> {
+        let Self { start, mut files, end } = self;
+        if out.send(respond(Message::Start(start))).await.is_err() {
             return Ok(());
         }
-        for name in files {
-            let mut file = std::fs::File::open(path.join(&name))?;
-            let name = name.to_string_lossy().into_owned();
-            loop {
-                let mut data = Vec::with_capacity(MESSAGE_BYTES);
-                let read =
-                    std::io::Read::read_to_end(&mut std::io::Read::take(&mut file, MESSAGE_BYTES as u64), &mut data)?;
-                let last = read < MESSAGE_BYTES;
-                let part = SnapshotFile { name: name.clone(), data: data.into(), last };
-                if !send(Message::File(part)) {
+        let rests = !env.is_on_one_thread();
+        loop {
+            let read = move || {
+                let begun = Instant::now();
+                let parts = files.next();
+                if rests {
+                    rest_since(begun);
+                }
+                (files, parts)
+            };
+            let Ok((left, parts)) = env.piece_behind(read).await else { return Ok(()) };
+            files = left;
+            let parts = parts?;
+            let over = parts.is_empty();
+            let messages = parts.into_iter().map(Message::File).chain(over.then_some(Message::End(end)));
+            for message in messages {
+                if out.send(respond(message)).await.is_err() {
                     return Ok(());
                 }
-                if last {
-                    break;
-                }
+            }
+            if over {
+                return Ok(());
             }
         }
-        send(Message::End(SnapshotEnd { clock, last_seq }));
-        Ok(())
     }
+}
+
+/// The files of a folder, one after the other.
+struct Files {
+    path: PathBuf,
+    waiting: std::vec::IntoIter<PathBuf>,
+    open: Option<(String, File)>,
+    /// Of all.
+    bytes: u64,
+}
+
+impl Files {
+    fn of(path: &Path) -> Result<Self, engine::Error> {
+        let io = |source| engine::Error::Io { path: path.to_owned(), source };
+        let waiting = crate::dir::entries(path).map_err(io)?;
+        let sizes = waiting.iter().map(|file| Ok(std::fs::metadata(file)?.len()));
+        let bytes = sizes.sum::<std::io::Result<u64>>().map_err(io)?;
+        Ok(Self { path: path.to_owned(), waiting: waiting.into_iter(), open: None, bytes })
+    }
+
+    /// The next pieces, as many as are read in one go; none behind the last. Blocks.
+    fn next(&mut self) -> Result<Vec<SnapshotFile>, engine::Error> {
+        let parts = (0..AT_ONCE).map_while(|_| self.read().transpose()).collect::<std::io::Result<_>>();
+        parts.map_err(|source| engine::Error::Io { path: self.path.clone(), source })
+    }
+
+    fn read(&mut self) -> std::io::Result<Option<SnapshotFile>> {
+        let (name, mut file) = match self.open.take() {
+            Some(open) => open,
+            None => {
+                let Some(path) = self.waiting.next() else { return Ok(None) };
+                let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+                (name, File::open(path)?)
+            }
+        };
+        let mut data = Vec::with_capacity(MESSAGE_BYTES);
+        let last = file.by_ref().take(MESSAGE_BYTES as u64).read_to_end(&mut data)? < MESSAGE_BYTES;
+        if !last {
+            self.open = Some((name.clone(), file));
+        }
+        Ok(Some(SnapshotFile { name, data: data.into(), last }))
+    }
+}
+
+/// Removes a folder, where it is there.
+fn remove(path: &Path) -> Result<(), engine::Error> {
+    let removed = if path.exists() { std::fs::remove_dir_all(path) } else { Ok(()) };
+    removed.map_err(|source| engine::Error::Io { path: path.to_owned(), source })
 }
 
 /// A source replica and the store it stands on.
