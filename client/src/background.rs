@@ -32,14 +32,14 @@ const LATE: Duration = Duration::from_millis(50);
 pub struct Background {
     tasks: Handle,
     sure: Handle,
-    starving: Arc<Starving>,
+    starving: Starving,
     _stop: Arc<DropGuard>,
 }
 
 impl Background {
     /// Starts them.
     pub fn start() -> io::Result<Self> {
-        let (stop, starving) = (CancellationToken::new(), Arc::new(Starving::default()));
+        let (stop, starving) = (CancellationToken::new(), Starving::default());
         let tasks = Builder::new_current_thread().enable_all().on_thread_start(give_way).build()?;
         // A thread begins in the class of who starts it: these are started by each other.
         let sure = Builder::new_multi_thread().worker_threads(1).on_thread_start(|| step_back(BEHIND)).build()?;
@@ -113,8 +113,8 @@ fn drive(runtime: &Runtime, starving: &Starving, stop: &CancellationToken) {
     });
 }
 
-/// Whether threads of the idle class starve.
-#[derive(Default)]
+/// Whether threads of the idle class starve; a clone tells of the same.
+#[derive(Clone, Default)]
 struct Starving(watch::Sender<bool>);
 
 impl Starving {

@@ -96,9 +96,7 @@ impl Building {
     ) -> Result<(), snapshot::Error> {
         let (db, ingest) = (self.dir.join("db"), self.dir.join("ingest"));
         for folder in [&db, &ingest] {
-            if folder.exists() {
-                std::fs::remove_dir_all(folder).map_err(|e| store(folder, e))?;
-            }
+            crate::dir::remove(folder).map_err(|e| store(folder, e))?;
         }
         if let [only] = from.as_slice() {
             let mut reader = Reader::new(keyspace.clone(), only.clone(), self.id, true);

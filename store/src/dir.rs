@@ -133,6 +133,11 @@ pub fn write_durably(path: &Path, content: &[u8]) -> io::Result<()> {
     }
 }
 
+/// Removes a folder with all that is in it, where it is there.
+pub fn remove(path: &Path) -> io::Result<()> {
+    if path.exists() { fs::remove_dir_all(path) } else { Ok(()) }
+}
+
 /// What is in a folder, in the order of the names.
 pub fn entries(path: &Path) -> io::Result<Vec<PathBuf>> {
     let mut found = fs::read_dir(path)?.map(|entry| entry.map(|e| e.path())).collect::<io::Result<Vec<_>>>()?;

@@ -33,7 +33,7 @@ use crate::writer::PeerBatch;
 const MESSAGE_BYTES: usize = 256 << 10;
 /// So many pieces of files are read in one go: where cores are busy, each go waits for one.
 const AT_ONCE: usize = 4;
-/// The longest rest after a message; each is as long as the message took.
+/// The longest rest; each is as long as what was done before it took.
 pub const LONGEST_REST: Duration = Duration::from_millis(5);
 /// Cuts of one stream that are mended by resuming, before the copy begins anew.
 const RESUMES: u32 = 5;
@@ -270,14 +270,15 @@ impl Source {
             Ok(Err(error)) => Err(error),
             Err(Panicked) => Ok(()),
         };
-        let removed = env.blocking_behind(move || remove(&path)).await;
+        let remove = move || crate::dir::remove(&path).map_err(|source| engine::Error::Io { path, source });
+        let removed = env.blocking_behind(remove).await;
         sent.and(removed.unwrap_or(Ok(())))
     }
 
     /// Makes one there: what is sent of it, or why nothing can be. Blocks.
     fn checkpoint(&self, path: &Path) -> Result<Result<Checkpoint, String>, engine::Error> {
         let (pin, positions) = (self.replica.progress.last_seq(), self.replica.progress.positions());
-        remove(path)?;
+        crate::dir::remove(path).map_err(|source| engine::Error::Io { path: path.to_owned(), source })?;
         self.replica.engine.checkpoint(path)?;
         let topology = self.keyspace.topology();
         if let Some(why) = self.secure(&topology)? {
@@ -384,12 +385,6 @@ impl Files {
         }
         Ok(Some(SnapshotFile { name, data: data.into(), last }))
     }
-}
-
-/// Removes a folder, where it is there.
-fn remove(path: &Path) -> Result<(), engine::Error> {
-    let removed = if path.exists() { std::fs::remove_dir_all(path) } else { Ok(()) };
-    removed.map_err(|source| engine::Error::Io { path: path.to_owned(), source })
 }
 
 /// A source replica and the store it stands on.
