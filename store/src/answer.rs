@@ -63,6 +63,9 @@ impl Answerer {
     pub async fn answer(self, operations: Vec<Operation>) -> Vec<Answer> {
         let (work, mut answers) = self.sort(operations);
         let now = self.env.now_ms();
+        if let Some(work) = work.first() {
+            work.keyspace.serves(now);
+        }
         for work in work.iter().filter(|work| !work.writes.is_empty()) {
             // A caller tells the greatest stamp of others than the replica that it takes for the shard's. It may know
             // an older topology than this store, and have its stamps from another replica here.

@@ -135,7 +135,8 @@ impl Building {
                 Part::Records(records) => Some(records),
                 Part::File(_) | Part::End => None,
             });
-            streams.push(Stream { source, receive, waiting: Vec::new().into_iter() });
+            let keyspace = keyspace.clone();
+            streams.push(Stream { keyspace, source, receive, waiting: Vec::new().into_iter() });
             tasks.push(reading);
         }
         let (count, counted) = mpsc::unbounded_channel();
@@ -211,6 +212,7 @@ impl Building {
             let append = move || come.iter().try_for_each(|part| append(&folder, part));
             let written = keyspace.env().piece_behind(append).await;
             written.map_err(|e| snapshot::Error::Store(e.to_string()))?.map_err(|e| store(&db, e))?;
+            keyspace.rest_after(bytes).await;
             self.update(source, |s| {
                 s.bytes += bytes;
                 s.records = (total.0 as f64 * s.bytes as f64 / total.1.max(1) as f64) as u64;
@@ -319,6 +321,7 @@ impl Birth {
 }
 
 struct Stream {
+    keyspace: Arc<Keyspace>,
     source: u64,
     receive: mpsc::Receiver<Vec<(Bytes, Record)>>,
     waiting: std::vec::IntoIter<(Bytes, Record)>,
@@ -345,8 +348,9 @@ impl Stream {
                 Err(mpsc::error::TryRecvError::Disconnected) => return None,
                 Err(mpsc::error::TryRecvError::Empty) => self.receive.blocking_recv()?,
             };
-            let bytes: usize = records.iter().map(|(k, r)| k.len() + r.size()).sum();
-            let _ = count.send((self.source, records.len() as u64, bytes as u64));
+            let bytes = snapshot::bytes_of(&records);
+            let _ = count.send((self.source, records.len() as u64, bytes));
+            std::thread::sleep(self.keyspace.rest(bytes));
             self.waiting = records.into_iter();
         }
     }

@@ -25,12 +25,20 @@ use crate::replica::Replica;
 use crate::snapshot::{self, LONGEST_REST};
 use crate::writer::{Asked, PeerBatch};
 
-/// Lines of `changes` looked at in one step.
-const LINES: usize = 1_000;
-/// What is read from memory in one step, and so what a follower's writer takes in one go.
-const RECENT_BYTES: usize = 128 << 10;
-/// A message is sent when its records reach this many bytes.
-const MESSAGE_BYTES: usize = 1 << 20;
+/// One step along `changes`.
+pub struct Step {
+    /// Lines looked at, at most.
+    pub lines: usize,
+    /// It ends when its records have so many bytes.
+    pub bytes: usize,
+}
+
+/// A step that is done before anyone notices, and is what a follower's writer takes in one go.
+const SMALL: Step = Step { lines: 250, bytes: 128 << 10 };
+/// One that costs less for each record.
+const LARGE: Step = Step { lines: 1_000, bytes: 1 << 20 };
+/// Small steps go so many times as far as what is written meanwhile; else, the next are large.
+const GAINS: u64 = 2;
 /// A record longer than this travels in parts.
 const PART_BYTES: usize = 8 << 20;
 /// After a message that told all there was, the next comes no sooner: what is written meanwhile goes along, and a
@@ -38,8 +46,12 @@ const PART_BYTES: usize = 8 << 20;
 const PAUSE: Duration = Duration::from_millis(1);
 /// What brings no records is told no sooner after a message than this: a position alone costs the follower a write.
 const NEWS: Duration = Duration::from_millis(20);
-/// Of what a follower has to catch up on, so much is applied at once: whoever writes meanwhile waits but shortly.
-const PIECE_BYTES: usize = 64 << 10;
+/// Of what a follower has to catch up on, so much is applied at once: whoever writes meanwhile waits but shortly...
+const PIECE_BYTES: usize = 16 << 10;
+/// ... unless it is more than so many pieces.
+const PIECES: usize = 16;
+/// Timers know no shorter time: shorter rests are taken together.
+const SHORTEST_REST: Duration = Duration::from_millis(1);
 /// The longest silence of a source.
 const HEARTBEAT: Duration = Duration::from_millis(500);
 /// Silence after which a follower takes its source for dead and connects again.
@@ -61,7 +73,7 @@ pub fn required(replica: &Replica, start: &FollowStart) -> Option<SnapshotRequir
     Some(SnapshotRequired { reason, ..birth })
 }
 
-/// One step along `changes`: what is to be shipped, and how far that reaches.
+/// What is to be shipped after a step, and how far that reaches.
 pub struct Page {
     /// In the order of their changes.
     pub records: Vec<Shipped>,
@@ -90,7 +102,7 @@ pub fn recent_page(
     seq: u64,
     last_seq: u64,
 ) -> Option<Page> {
-    let (latest, seq) = engine.recent(seq, last_seq, RECENT_BYTES)?;
+    let (latest, seq) = engine.recent(seq, last_seq, SMALL.bytes)?;
     let mut page = Page { records: Vec::with_capacity(latest.len()), seq };
     for change in latest.into_iter().filter(|change| change.from != follower_origin) {
         page.add(wanted, change.key, change.record);
@@ -109,17 +121,18 @@ pub fn page(
     follower_origin: u64,
     seq: u64,
     last_seq: u64,
+    step: &Step,
 ) -> Result<Page, engine::Error> {
     let mut page = Page { records: Vec::new(), seq };
     let mut bytes = 0;
-    let mut lines = engine.changes(seq, LINES)?;
-    let all = lines.len() < LINES;
+    let mut lines = engine.changes(seq, step.lines)?;
+    let all = lines.len() < step.lines;
     // A line beyond what was written when the topology was read may want a newer one.
     lines.truncate(lines.partition_point(|line| line.seq <= last_seq));
     let mut lines = lines.into_iter().peekable();
     let mut at_once = 1;
     while lines.peek().is_some() {
-        if bytes >= MESSAGE_BYTES {
+        if bytes >= step.bytes {
             return Ok(page);
         }
         let mut next = Vec::with_capacity(at_once);
@@ -145,6 +158,28 @@ pub fn page(
         page.seq = page.seq.max(last_seq);
     }
     Ok(page)
+}
+
+/// How a follower that has fallen behind is served: behind all else, and from where it does not gain on what is written
+/// that way, with all haste until it has everything.
+struct Course {
+    /// How far it was.
+    seq: u64,
+    /// What there was then.
+    last_seq: u64,
+    hurries: bool,
+}
+
+impl Course {
+    /// It goes on from `seq`: whether in haste.
+    fn hurries(&mut self, seq: u64, last_seq: u64) -> bool {
+        let (taken, written) = (seq.saturating_sub(self.seq), last_seq.saturating_sub(self.last_seq));
+        let had_everything = seq >= self.last_seq;
+        let gains = taken == 0 || taken >= written.saturating_mul(GAINS);
+        self.hurries = !had_everything && (self.hurries || !gains);
+        (self.seq, self.last_seq) = (seq, last_seq);
+        self.hurries
+    }
 }
 
 /// A record as it travels: whole, or in parts whose join it is.
@@ -209,6 +244,7 @@ pub(crate) async fn send(
     let (mut seq, mut version) = (start.seq, start.version);
     let (mut told, mut number) = (None, 0);
     let mut sent = Instant::now();
+    let mut course = Course { seq, last_seq: *writes.borrow(), hurries: false };
     loop {
         let last_seq = *writes.borrow_and_update();
         let update = updates.borrow_and_update().clone();
@@ -232,19 +268,27 @@ pub(crate) async fn send(
             return;
         }
         let (engine, source, follower, origin) = (replica.engine.clone(), replica.id, start.follower, start.origin);
-        let recent = recent_page(&engine, &topology.wanted(source, follower), origin, seq, last_seq);
-        let read = move || page(&engine, &topology.wanted(source, follower), origin, seq, last_seq);
-        let page = match recent {
+        let hurries = course.hurries(seq, last_seq);
+        let page = match recent_page(&engine, &topology.wanted(source, follower), origin, seq, last_seq) {
             Some(page) => page,
-            None => match keyspace.env().blocking(read).await {
-                Ok(Ok(page)) => page,
-                Ok(Err(error)) => {
-                    tracing::error!(replica = replica.id, %error, "changes can't be read");
-                    replica.progress.poison(error.to_string());
-                    return;
+            None => {
+                let step = if hurries { &LARGE } else { &SMALL };
+                let read = move || page(&engine, &topology.wanted(source, follower), origin, seq, last_seq, step);
+                // Not in the idle class: it takes locks that clients wait for.
+                let read = match hurries {
+                    true => keyspace.env().blocking(read).await,
+                    false => keyspace.env().blocking_behind(read).await,
+                };
+                match read {
+                    Ok(Ok(page)) => page,
+                    Ok(Err(error)) => {
+                        tracing::error!(replica = replica.id, %error, "changes can't be read");
+                        replica.progress.poison(error.to_string());
+                        return;
+                    }
+                    Err(_) => return,
                 }
-                Err(_) => return,
-            },
+            }
         };
         // Rows may have been deleted, by a clean-up, while they were read.
         if updates.has_changed().unwrap_or(true) && !keyspace.topology().is_source(replica.id, start.follower) {
@@ -354,6 +398,7 @@ async fn once(keyspace: &Arc<Keyspace>, replica: &Arc<Replica>, source: u64, sto
     let mut confirmed = 0;
     let epoch = position.epoch;
     let mut lag = u64::MAX;
+    let mut owed = Duration::ZERO;
     loop {
         if let Some(position) = replica.progress.synced_position(source)
             && position.seq != confirmed
@@ -395,8 +440,8 @@ async fn once(keyspace: &Arc<Keyspace>, replica: &Arc<Replica>, source: u64, sto
                 let lag_before = std::mem::replace(&mut lag, batch.last_seq.saturating_sub(batch.seq.max(before)));
                 if batch.seq != before || !batch.records.is_empty() {
                     // Who falls back has no time to rest.
-                    let catching_up = lag > 0 && lag <= lag_before;
-                    apply(replica, source, epoch, asked, batch, catching_up).await?;
+                    let owed = (lag > 0 && lag <= lag_before).then_some(&mut owed);
+                    apply(replica, source, epoch, asked, batch, owed).await?;
                 }
                 replica.progress.update_source(source, |s| (s.lag, s.epoch) = (lag, epoch));
             }
@@ -404,17 +449,18 @@ async fn once(keyspace: &Arc<Keyspace>, replica: &Arc<Replica>, source: u64, sto
     }
 }
 
-/// Applies a batch. One that others wait behind is applied piece by piece, with a rest after each as long as it took, so
-/// that half of the time is left to clients.
+/// Applies a batch. One that others wait behind is applied piece by piece, and what that takes is owed: rests as long
+/// leave half of the time to clients.
 pub(crate) async fn apply(
     replica: &Replica,
     source: u64,
     epoch: u64,
     asked: Asked,
     batch: FollowBatch,
-    catching_up: bool,
+    mut owed: Option<&mut Duration>,
 ) -> Result<(), Broken> {
-    let piece = if catching_up { PIECE_BYTES } else { usize::MAX };
+    let bytes: usize = batch.records.iter().map(size).sum();
+    let piece = if owed.is_some() { PIECE_BYTES.max(bytes / PIECES) } else { usize::MAX };
     let mut pieces = crate::in_messages(batch.records, piece, size).into_iter().peekable();
     while let Some(piece) = pieces.next() {
         let begun = Instant::now();
@@ -435,8 +481,11 @@ pub(crate) async fn apply(
             asked: Some(asked),
         };
         replica.apply(batch).await.map_err(|r| Broken::Apply(r.message))?;
-        if catching_up {
-            tokio::time::sleep(begun.elapsed().min(LONGEST_REST)).await;
+        if let Some(owed) = owed.as_deref_mut() {
+            *owed += begun.elapsed();
+            if *owed >= SHORTEST_REST {
+                tokio::time::sleep(std::mem::take(owed).min(LONGEST_REST)).await;
+            }
         }
     }
     Ok(())
@@ -502,4 +551,34 @@ fn covers(replica: &Replica, required: &SnapshotRequired) -> bool {
         birth.replica == replica.id
             || replica.progress.position(birth.replica).is_some_and(|p| p.epoch == birth.epoch && p.seq >= birth.seq)
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn course() -> Course {
+        Course { seq: 0, last_seq: 10_000, hurries: false }
+    }
+
+    #[test]
+    fn who_gains_on_what_is_written_is_served_without_haste() {
+        let mut course = course();
+        assert!(!course.hurries(0, 10_000), "nothing is known yet");
+        for (seq, last_seq) in [(250, 10_000), (500, 10_125), (750, 10_250), (10_250, 10_400), (10_250, 20_000)] {
+            assert!(!course.hurries(seq, last_seq), "{seq} of {last_seq}");
+        }
+    }
+
+    #[test]
+    fn who_does_not_is_served_in_haste_until_it_has_everything() {
+        let mut course = course();
+        assert!(course.hurries(250, 10_126));
+        // Also where it gains in haste: without, it would not.
+        for (seq, last_seq) in [(1_250, 10_200), (10_199, 10_201)] {
+            assert!(course.hurries(seq, last_seq), "{seq} of {last_seq}");
+        }
+        assert!(!course.hurries(10_201, 12_000), "it had everything, and what came since is nothing that it lost");
+        assert!(course.hurries(10_451, 20_000));
+    }
 }

@@ -10,6 +10,7 @@ use std::time::Duration;
 use prost::Message;
 use serde::Deserialize;
 use tokio::sync::{Mutex, watch};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use vasto_client::env::Env;
@@ -168,6 +169,25 @@ impl Keyspace {
     /// Time, randomness, network.
     pub fn env(&self) -> &Env {
         &self.context.env
+    }
+
+    /// A client is served here at this time (Unix ms).
+    pub fn serves(&self, now_ms: u64) {
+        self.context.throttle.served(now_ms);
+    }
+
+    /// How long to rest once so many bytes of a copy have been sent or taken in here, for clients' sake.
+    pub fn rest(&self, bytes: u64) -> Duration {
+        self.context.throttle.rest(bytes, Instant::now(), self.env().now_ms())
+    }
+
+    /// Does so.
+    pub async fn rest_after(&self, bytes: u64) {
+        let rest = self.rest(bytes);
+        // No sleep is shorter than a tick.
+        if !rest.is_zero() {
+            tokio::time::sleep(rest).await;
+        }
     }
     /// The newest topology known, with addresses.
     pub fn updates(&self) -> watch::Receiver<Arc<KeyspaceUpdate>> {

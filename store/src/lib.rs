@@ -27,6 +27,7 @@ mod replica;
 mod report;
 mod server;
 mod snapshot;
+mod throttle;
 mod writer;
 
 #[cfg(test)]
@@ -179,12 +180,14 @@ where
 {
     let dir = dir::Dir::open(&options.data, &options.name)?;
     let address = options.advertise.clone().unwrap_or_default();
+    let cores = if env.is_on_one_thread() { 1 } else { std::thread::available_parallelism().map_or(1, usize::from) };
     let context = replica::Context {
         storage,
         env: env.clone(),
         counts: options.monitor.counts(),
         changed: Arc::new(tokio::sync::Notify::new()),
         stalls: Arc::default(),
+        throttle: Arc::new(throttle::Throttle::new(cores)),
     };
     let host = host::Host::open(&options.name, options.only.as_deref(), address.clone(), dir, context);
     tracing::info!(store = options.name, address, data = %options.data.display(), "serving");

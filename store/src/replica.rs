@@ -17,6 +17,7 @@ use crate::engine::{self, Batch, Engine, Storage};
 use crate::merge::Limits;
 use crate::meta::{self, Fence};
 use crate::metrics::Counts;
+use crate::throttle::Throttle;
 use crate::writer::{Asked, Command, LocalWrite, PeerBatch, Queued, Refused, Stalls, Start, Taken, Turn, Writer};
 
 /// Commands that may wait for a writer.
@@ -454,6 +455,8 @@ pub struct Context {
     pub changed: Arc<tokio::sync::Notify>,
     /// Of the disk.
     pub stalls: Arc<Stalls>,
+    /// Of what is moved.
+    pub throttle: Arc<Throttle>,
 }
 
 impl Replica {

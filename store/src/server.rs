@@ -214,6 +214,7 @@ async fn scan(
             return Err(failure(code, message, Some(keyspace.update())));
         };
         let (prefix, from, now) = (request.prefix.clone(), after.clone(), env.now_ms());
+        keyspace.serves(now);
         let (shard, shards) = (request.shard, request.shards);
         let head = request.head;
         let page =

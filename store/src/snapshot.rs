@@ -12,7 +12,7 @@ use bytes::Bytes;
 use futures::StreamExt;
 use tokio::sync::mpsc;
 use tonic::{Status, Streaming};
-use vasto_client::env::{Env, Panicked};
+use vasto_client::env::Panicked;
 use vasto_client::v1::peer_client::PeerClient;
 use vasto_client::v1::snapshot_response::Message;
 use vasto_client::v1::{
@@ -108,6 +108,14 @@ fn respond(message: Message) -> Result<SnapshotResponse, Status> {
     Ok(SnapshotResponse { message: Some(message) })
 }
 
+/// Bytes of records in it.
+fn size(message: &Message) -> u64 {
+    match message {
+        Message::Records(some) => some.records.iter().map(|r| (r.key.len() + r.record.len()) as u64).sum(),
+        _ => 0,
+    }
+}
+
 /// Leaves half of the time to others, so the busier the machine, the slower this goes.
 fn rest_since(begun: Instant) {
     std::thread::sleep(begun.elapsed().min(LONGEST_REST));
@@ -140,9 +148,11 @@ pub async fn serve(keyspace: Arc<Keyspace>, replica: Arc<Replica>, request: Snap
         let records = move |send: &mut dyn FnMut(_) -> bool| {
             let mut begun = Instant::now();
             source.records(&mut |message| {
+                let bytes = size(&message);
                 let sent = send(respond(message));
                 if !source.keyspace.env().is_on_one_thread() {
                     rest_since(begun);
+                    std::thread::sleep(source.keyspace.rest(bytes));
                     begun = Instant::now();
                 }
                 sent
@@ -257,12 +267,13 @@ impl Source {
 
     /// Sends a checkpoint's own files, piece by piece.
     async fn files(self, out: &Out) -> Result<(), engine::Error> {
-        let env = self.keyspace.env().clone();
+        let keyspace = self.keyspace.clone();
+        let env = keyspace.env();
         let path = self.replica.dir.join(format!("checkpoint-{:016x}", self.request.target));
         let folder = path.clone();
         let made = env.blocking_behind(move || self.checkpoint(&folder)).await;
         let sent = match made {
-            Ok(Ok(Ok(checkpoint))) => checkpoint.send(&env, out).await,
+            Ok(Ok(Ok(checkpoint))) => checkpoint.send(&keyspace, out).await,
             Ok(Ok(Err(why))) => {
                 let _ = out.send(respond(Message::NotReady(why))).await;
                 Ok(())
@@ -313,11 +324,12 @@ struct Checkpoint {
 
 impl Checkpoint {
     /// Sends it, or as much as is taken.
-    async fn send(self, env: &Env, out: &Out) -> Result<(), engine::Error> {
+    async fn send(self, keyspace: &Keyspace, out: &Out) -> Result<(), engine::Error> {
         let Self { start, mut files, end } = self;
         if out.send(respond(Message::Start(start))).await.is_err() {
             return Ok(());
         }
+        let env = keyspace.env();
         let rests = !env.is_on_one_thread();
         loop {
             let read = move || {
@@ -332,6 +344,7 @@ impl Checkpoint {
             files = left;
             let parts = parts?;
             let over = parts.is_empty();
+            let bytes = parts.iter().map(|part| part.data.len() as u64).sum();
             let messages = parts.into_iter().map(Message::File).chain(over.then_some(Message::End(end)));
             for message in messages {
                 if out.send(respond(message)).await.is_err() {
@@ -341,6 +354,7 @@ impl Checkpoint {
             if over {
                 return Ok(());
             }
+            keyspace.rest_after(bytes).await;
         }
     }
 }
@@ -578,6 +592,11 @@ impl Reader {
     }
 }
 
+/// What they take.
+pub fn bytes_of(records: &[(Bytes, Record)]) -> u64 {
+    records.iter().map(|(key, record)| (key.len() + record.size()) as u64).sum()
+}
+
 /// Takes over what a replica that came back after it was given up alone has: its records
 /// newer than the collection horizon. (An older one may be what a tombstone that is
 /// gone by now had deleted.) Tries until it is done; the caller cancels by dropping.
@@ -605,9 +624,11 @@ async fn take_over_once(keyspace: &Arc<Keyspace>, replica: &Arc<Replica>, from: 
             Part::Records(mut records) => {
                 records.retain(|(_, record)| record.greatest_stamp().time > replica.progress.horizon());
                 taken += records.len();
+                let bytes = bytes_of(&records);
                 let asked = Some(asked.by(reader.version));
                 let batch = PeerBatch { records, clock: reader.clock, asked, ..PeerBatch::default() };
                 replica.apply(batch).await.map_err(|refused| Error::Store(refused.message))?;
+                keyspace.rest_after(bytes).await;
             }
             Part::File(_) => return Err(Error::Store("files were sent unasked".into())),
             Part::End => break,
@@ -638,13 +659,14 @@ pub async fn join_from(
         match reader.next().await? {
             Part::Records(records) => {
                 let count = records.len() as u64;
-                let bytes: usize = records.iter().map(|(k, r)| k.len() + r.size()).sum();
+                let bytes = bytes_of(&records);
                 let asked = Some(asked.by(reader.version));
                 replica.apply(PeerBatch { records, asked, ..PeerBatch::default() }).await.map_err(store_error)?;
                 replica.progress.update_source(source, |s| {
                     s.records += count;
-                    s.bytes += bytes as u64;
+                    s.bytes += bytes;
                 });
+                keyspace.rest_after(bytes).await;
             }
             Part::File(_) => return Err(Error::Store("files were sent unasked".into())),
             Part::End => break,

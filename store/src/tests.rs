@@ -29,10 +29,14 @@ use crate::merge::{Change, Expiry, Limits, LocalOp};
 use crate::meta;
 use crate::record::{Base, Chunk, Content, Kind, Number, Op, Record, Slot, Stamp, time_of};
 use crate::replica::{Context, Replica, Settings};
+use crate::throttle::Throttle;
 use crate::writer::{Asked, LocalWrite, PeerBatch, Refused};
 
 const ME: u64 = 7;
 const PEER: u64 = 8;
+
+/// All that a test has written.
+const ALL: follow::Step = follow::Step { lines: 1_000, bytes: 1 << 20 };
 
 fn context() -> Context {
     Context {
@@ -41,6 +45,7 @@ fn context() -> Context {
         counts: crate::metrics::Monitor::new().counts(),
         changed: Arc::new(Notify::new()),
         stalls: Arc::default(),
+        throttle: Arc::new(Throttle::new(1)),
     }
 }
 
@@ -154,7 +159,7 @@ async fn a_position_moves_only_once_all_pieces_of_its_batch_are_there() {
     let records = (0..RECORDS).map(shipped).collect();
     let batch = FollowBatch { records, seq: 300, last_seq: 400, clock: 0, origin: 5, number: 1 };
     let asked = Asked { version: 1, cleanups: 0 };
-    let apply = || follow::apply(&replica, PEER, 1, asked, batch.clone(), true);
+    let apply = async || follow::apply(&replica, PEER, 1, asked, batch.clone(), Some(&mut Duration::default())).await;
     let there = |n| kind(&replica, &key(n)) != Kind::Nothing;
     let first_is_there = async {
         while !there(0) {
@@ -616,7 +621,7 @@ async fn a_page_ships_each_current_record_once_and_nothing_back() {
     let given = record("given", 9, Content::Bytes(Bytes::from_static(b"x")));
     replica.apply(from_peer("given", given, 10)).await.unwrap();
     let last = replica.progress.last_seq();
-    let page = |origin| follow::page(&replica.engine, &topology.wanted(ME, PEER), origin, 1, last).unwrap();
+    let page = |origin| follow::page(&replica.engine, &topology.wanted(ME, PEER), origin, 1, last, &ALL).unwrap();
     let keys = |origin| page(origin).records.into_iter().map(|r| r.key).collect::<Vec<_>>();
     assert_eq!(keys(5), ["once", "twice"], "what its present life gave is not sent back");
     assert_eq!(keys(6), ["once", "twice", "given"], "what an earlier life gave is: it may have lost that");
@@ -646,7 +651,7 @@ async fn a_change_that_meets_a_peers_own_is_sent_to_that_peer() {
     put(&replica, "older").await.unwrap();
     replica.apply(from_peer("older", record("older", time_of(1 << 47), Content::Nothing), 11)).await.unwrap();
     let last = replica.progress.last_seq();
-    let page = follow::page(&replica.engine, &topology.wanted(ME, PEER), 5, 1, last).unwrap();
+    let page = follow::page(&replica.engine, &topology.wanted(ME, PEER), 5, 1, last, &ALL).unwrap();
     let keys: Vec<_> = page.records.into_iter().map(|r| r.key).collect();
     assert_eq!(keys, ["both"], "the peer has not got what was appended here; what it put over the older it has");
 }

@@ -3,6 +3,7 @@
 
 use std::path::Path;
 use std::pin::Pin;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -18,11 +19,12 @@ use vasto_client::hash::partition_hash;
 use vasto_client::v1::operator_server::{self, OperatorServer};
 use vasto_client::v1::peer_server::Peer;
 use vasto_client::v1::store_client::StoreClient;
+use vasto_client::v1::store_server::Store;
 use vasto_client::v1::{
     self, Answer, Assignment, Batch, Delete, Expire, FailureCode, FollowStart, Get, KeyspaceUpdate, Merge, Operation,
-    Phase, Position, Put, ReplicaReport, Returning, Shard, SnapshotRequest, StoreAddress, StoreReport, StoreUpdate,
-    Topology, Value, View, WatchRequest, WatchResponse, answer, follow_response, operation, put, snapshot_response,
-    value,
+    Phase, Position, Put, ReplicaReport, Returning, ScanRequest, Shard, SnapshotRequest, StoreAddress, StoreReport,
+    StoreUpdate, Topology, Value, View, WatchRequest, WatchResponse, answer, follow_response, operation, put,
+    snapshot_response, value,
 };
 
 use super::context;
@@ -31,6 +33,7 @@ use crate::dir::Dir;
 use crate::engine::Engine;
 use crate::host::Host;
 use crate::metrics::Monitor;
+use crate::replica::Context;
 use crate::server::Server;
 use crate::writer::PeerBatch;
 use crate::{Options, follow, leave, serve};
@@ -125,6 +128,31 @@ fn refusal(answer: &Answer) -> Option<(FailureCode, &str)> {
 
 fn found(answer: &Answer) -> bool {
     matches!(answer.result, Some(answer::Result::Found(_)))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn copies_rest_while_clients_are_served() {
+    let dir = tempfile::tempdir().unwrap();
+    let wall = Arc::new(AtomicU64::new(1_000_000));
+    let now = wall.clone();
+    let env = Env::new(move || now.load(Ordering::SeqCst), rand::random, |_| unreachable!("nobody is called"));
+    let context = Context { env: env.clone(), ..context() };
+    let host = Host::open("store-0", Some(UID), "here:1".into(), Dir::open(dir.path(), "store-0").unwrap(), context);
+    make(&host).await;
+    let keyspace = host.keyspace(UID).unwrap();
+    let rests = || !keyspace.rest(1 << 20).is_zero();
+    assert!(!rests());
+    let answerer = Answerer::new(host.clone(), env.clone(), Monitor::new().counts());
+    answerer.clone().answer(batch([getting(1, "key")])).await;
+    assert!(rests(), "a client has asked");
+    wall.fetch_add(1_000, Ordering::SeqCst);
+    assert!(!rests(), "it has gone");
+    let server = Server::new(host.clone(), env, answerer, Monitor::new().counts());
+    let scan = ScanRequest { keyspace: UID.into(), shards: 1, ..ScanRequest::default() };
+    let mut entries = Store::scan(&server, Request::new(scan)).await.unwrap().into_inner();
+    assert!(entries.next().await.unwrap().unwrap().failure.is_none());
+    assert!(rests(), "a scan is a client's, too");
+    host.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
