@@ -49,7 +49,7 @@ const SPEC: &str = r#"{"shards":3,"replicationFactor":3,"storage":{"size":"100Gi
 
 /// The stream window of those that stall: so small that what they don't read stays with the server.
 const STALLED_WINDOW: u32 = 4 << 10;
-/// As a client has them.
+/// As a client has them; a ping, where nothing has come for so long.
 const CONNECT: Duration = Duration::from_secs(2);
 const PING: Duration = Duration::from_secs(2);
 const PONG: Duration = Duration::from_secs(3);
@@ -530,10 +530,16 @@ impl Watcher {
         builder.initial_connection_window_size(16 << 20);
         let (mut operator, mut connection) = builder.handshake::<_, Bytes>(socket).await?;
         let mut pings = connection.ping_pong().context("pings are taken")?;
+        let heard = Heard::new(&self.board);
         let alive = async {
             loop {
-                sleep(PING).await;
+                let due = heard.last() + PING;
+                if Instant::now() < due {
+                    sleep_until(due.into()).await;
+                    continue;
+                }
                 timeout(PONG, pings.ping(Ping::opaque())).await.context("no answer to a ping")??;
+                heard.now();
             }
         };
         let request = http::Request::post(format!("http://{}{WATCH}", self.board.address))
@@ -544,7 +550,7 @@ impl Watcher {
         tokio::select! {
             biased;
             ended = &mut connection => Ok(ended?),
-            ended = self.talk(answers, requests, failures) => ended,
+            ended = self.talk(answers, requests, &heard, failures) => ended,
             ended = alive => ended,
         }
     }
@@ -553,6 +559,7 @@ impl Watcher {
         &mut self,
         answers: ResponseFuture,
         mut requests: SendStream<Bytes>,
+        heard: &Heard,
         failures: &mut u32,
     ) -> anyhow::Result<()> {
         requests.send_data(framed(&self.first()), false)?;
@@ -586,6 +593,7 @@ impl Watcher {
             };
             let Some(bytes) = bytes else { bail!("it ended: {:?}", answers.trailers().await?) };
             let bytes = bytes?;
+            heard.now();
             answers.flow_control().release_capacity(bytes.len())?;
             come.put(bytes);
             while let Some(message) = unframed(&mut come) {
@@ -617,6 +625,29 @@ impl Watcher {
         let news = version > self.known[place];
         self.known[place] = version.max(self.known[place]);
         Ok(news.then_some(Known { uid, version }))
+    }
+}
+
+/// When a connection brought something last: as hyper has it, one that did lately needs no ping.
+struct Heard {
+    began: Instant,
+    /// Microseconds since then.
+    last: AtomicU64,
+}
+
+impl Heard {
+    fn new(board: &Board) -> Self {
+        let heard = Self { began: board.began, last: AtomicU64::new(0) };
+        heard.now();
+        heard
+    }
+
+    fn now(&self) {
+        self.last.store(self.began.elapsed().as_micros() as u64, SeqCst);
+    }
+
+    fn last(&self) -> Instant {
+        self.began + Duration::from_micros(self.last.load(SeqCst))
     }
 }
 
