@@ -202,7 +202,8 @@ pub fn in_messages(records: Vec<Shipped>) -> Vec<Vec<Shipped>> {
     crate::in_messages(records, PART_BYTES, size)
 }
 
-fn size(shipped: &Shipped) -> usize {
+/// Bytes of a record as it travels.
+pub fn size(shipped: &Shipped) -> usize {
     shipped.key.len() + shipped.record.len()
 }
 

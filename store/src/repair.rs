@@ -17,7 +17,7 @@ use vasto_client::v1::{CompareRequest, CompareResponse, Phase, RepairResponse, S
 use xxhash_rust::xxh64::Xxh64;
 
 use crate::engine::{self, Engine};
-use crate::follow::{in_messages, shipped};
+use crate::follow::{self, in_messages, shipped};
 use crate::join::join;
 use crate::keyspace::Keyspace;
 use crate::record::{Record, glance};
@@ -339,7 +339,7 @@ impl Pass<'_> {
             let mut bytes = mine.bytes;
             after = mine.reached.clone();
             if let Some(theirs) = theirs {
-                bytes += theirs.records.iter().map(|r| (r.key.len() + r.record.len()) as u64).sum::<u64>();
+                bytes += theirs.records.iter().map(follow::size).sum::<usize>() as u64;
                 after = theirs.end.reached.clone().or(after);
                 match self.mend(theirs, &topology, &range, &mine).await {
                     Ok(0) => {}

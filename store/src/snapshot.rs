@@ -21,7 +21,7 @@ use vasto_client::v1::{
 };
 
 use crate::engine;
-use crate::follow::shipped;
+use crate::follow::{self, shipped};
 use crate::join::join;
 use crate::keyspace::Keyspace;
 use crate::meta;
@@ -111,7 +111,7 @@ fn respond(message: Message) -> Result<SnapshotResponse, Status> {
 /// Bytes of records in it.
 fn size(message: &Message) -> u64 {
     match message {
-        Message::Records(some) => some.records.iter().map(|r| (r.key.len() + r.record.len()) as u64).sum(),
+        Message::Records(some) => some.records.iter().map(follow::size).sum::<usize>() as u64,
         _ => 0,
     }
 }
@@ -246,7 +246,7 @@ impl Source {
                 return true;
             }
             for part in shipped(Bytes::copy_from_slice(key), Bytes::copy_from_slice(encoded)) {
-                bytes += part.key.len() + part.record.len();
+                bytes += follow::size(&part);
                 batch.push(part);
                 if bytes >= MESSAGE_BYTES && !gone {
                     bytes = 0;

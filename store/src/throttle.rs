@@ -9,11 +9,11 @@ use tokio::time::Instant;
 
 /// Who was served so long ago, in ms, may come again at any moment.
 const SERVED_WITHIN: u64 = 100;
-/// How long one core rests for 1 MiB that was moved. In that time it would move several more.
+/// How long one core rests for 1 MiB that was moved.
 const REST: Duration = Duration::from_millis(8);
 const MIB: u64 = 1 << 20;
 
-/// One for all that a store moves.
+/// One for all copies that a store sends and takes in.
 pub struct Throttle {
     /// For 1 MiB.
     rest: Duration,
