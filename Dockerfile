@@ -17,6 +17,7 @@ RUN apt-get update \
 WORKDIR /src
 # What the workspace consists of, and nothing else: data folders and targets stay outside.
 COPY Cargo.toml Cargo.lock ./
+COPY .cargo .cargo
 COPY crds crds
 COPY client client
 COPY store store

@@ -19,6 +19,8 @@ mod locate;
 mod operator;
 mod output;
 mod probe;
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+mod processor;
 mod runner;
 mod shell;
 mod store;
