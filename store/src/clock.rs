@@ -16,6 +16,7 @@ const AHEAD_STEP_MS: u64 = 50;
 #[derive(Clone, Debug)]
 pub struct Clock {
     last: u64,
+    stored: u64,
     origin: u64,
     ceiling: u64,
 }
@@ -29,7 +30,7 @@ impl Clock {
     /// The clock of a replica that comes back and finds this ceiling synced:
     /// no stamp that it gave or stored before is above that.
     pub fn after_restart(ceiling: u64, origin: u64) -> Self {
-        Clock { last: ceiling, origin, ceiling }
+        Clock { last: ceiling, stored: ceiling, origin, ceiling }
     }
 
     /// Who gives its stamps.
@@ -47,6 +48,11 @@ impl Clock {
         self.last
     }
 
+    /// At or above every stamp time that is stored here, whatever it has heard of.
+    pub fn stored(&self) -> u64 {
+        self.stored
+    }
+
     /// A stamp greater than all that it has given or seen, and not before the wall clock.
     /// A counter that is full carries into the milliseconds.
     ///
@@ -57,9 +63,15 @@ impl Clock {
         Stamp { time: self.last, origin: self.origin }
     }
 
-    /// Passes a stamp time seen elsewhere.
+    /// Passes a stamp time that it hears of.
     pub fn observe(&mut self, time: u64) {
         self.last = self.last.max(time);
+    }
+
+    /// Passes one that is stored here.
+    pub fn store(&mut self, time: u64) {
+        self.observe(time);
+        self.stored = self.stored.max(time);
     }
 
     /// Passes a stamp time that a caller names (its session's `after`), unless that is more than
@@ -112,6 +124,19 @@ mod tests {
         assert_eq!(clock.tick(5), Stamp { time: time_of(5) + 1, origin: 7 });
         assert_eq!(clock.tick(4), Stamp { time: time_of(5) + 2, origin: 7 });
         assert_eq!(clock.tick(6), Stamp { time: time_of(6), origin: 7 });
+    }
+
+    #[test]
+    fn what_it_only_hears_of_is_not_stored() {
+        let mut clock = Clock::after_restart(time_of(4), 7);
+        assert_eq!(clock.stored(), time_of(4), "any stamp up to the ceiling may be");
+        clock.observe(time_of(6));
+        assert!(clock.pass(time_of(7), 7, 0));
+        assert_eq!((clock.stored(), clock.last()), (time_of(4), time_of(7)));
+        clock.store(time_of(5));
+        assert_eq!((clock.stored(), clock.last()), (time_of(5), time_of(7)));
+        clock.store(time_of(8));
+        assert_eq!((clock.stored(), clock.last()), (time_of(8), time_of(8)));
     }
 
     #[test]

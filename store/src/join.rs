@@ -1,4 +1,5 @@
-//! The one function that everything which moves data calls.
+//! The one function that decides what comes of data that moves. Whoever knows that it gives what came, as for a put newer
+//! than all that is there, need not call it.
 
 use crate::record::Record;
 
@@ -55,6 +56,15 @@ mod tests {
         #[test]
         fn an_unwritten_record_of_the_partition_changes_nothing(a in records()) {
             prop_assert_eq!(join(a.clone(), Record::unwritten(a.partition_hash())), a);
+        }
+
+        #[test]
+        fn what_was_put_after_all_that_a_record_has_seen_is_the_join(a in records(), b in records()) {
+            let (base, slots, chunks) = b.into_parts();
+            let stamp = Stamp { time: a.greatest_stamp().time.saturating_add(1), ..base.stamp };
+            prop_assume!(stamp.time > a.greatest_stamp().time);
+            let newest = Record::new(Base { stamp, ..base }, slots, chunks);
+            prop_assert_eq!(join(a, newest.clone()), newest);
         }
 
         #[test]

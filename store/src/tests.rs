@@ -237,6 +237,34 @@ async fn a_deleted_key_stays_deleted_when_an_older_put_arrives() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_a_peer_put_is_written_unread_only_if_nothing_here_is_as_new() {
+    let dir = tempfile::tempdir().unwrap();
+    let replica = open(dir.path(), &stable(1, &[&[ME, PEER]]));
+    let (first, now) = (put(&replica, "first").await.unwrap(), replica.progress.last_seq());
+    let bytes = |what: &'static str| Content::Bytes(Bytes::from_static(what.as_bytes()));
+    // By the same time as what is here, of the greater origin.
+    let mut theirs = record("key", first.time + 9, bytes("theirs"));
+    replica.apply(from_peer("key", theirs.clone(), 10)).await.unwrap();
+    let others =
+        Base { stamp: Stamp { origin: 4, ..theirs.base().stamp }, content: bytes("x"), ..theirs.base().clone() };
+    replica.apply(from_peer("key", Record::from(others), 11)).await.unwrap();
+    let row = replica.engine.row(b"key").unwrap().unwrap();
+    assert_eq!((Record::decode(row.record).unwrap(), row.seq), (theirs, now + 1));
+
+    // It has heard of later times, but holds nothing as new: what can't be read is in nobody's way.
+    let mut broken = Batch::default();
+    broken.put_record(b"key", now + 2, 0, |out| out.push(0xff));
+    replica.engine.write(&broken, false).unwrap();
+    theirs = record("key", first.time + 10, bytes("later"));
+    let heard = PeerBatch { clock: first.time + 20, records: Vec::new(), ..from_peer("key", theirs.clone(), 12) };
+    replica.apply(heard).await.unwrap();
+    replica.apply(from_peer("key", record("key", first.time, bytes("older")), 13)).await.unwrap_err();
+    replica.apply(from_peer("key", theirs.clone(), 13)).await.unwrap();
+    let row = replica.engine.row(b"key").unwrap().unwrap();
+    assert_eq!(Record::decode(row.record).unwrap(), theirs);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_a_peer_sends_again_after_a_crash_counts_once() {
     let dir = tempfile::tempdir().unwrap();
     let topology = stable(1, &[&[ME, PEER]]);

@@ -465,6 +465,7 @@ impl Writer {
     }
 
     fn put(&mut self, key: Bytes, record: Record, from: u64, batch: &mut Batch, overlay: &mut Overlay) {
+        self.clock.store(record.greatest_stamp().time);
         self.seq += 1;
         batch.put_record(&key, self.seq, from, |out| record.encode(out));
         overlay.insert(key, Some(record));
@@ -530,6 +531,12 @@ impl Writer {
         Ok(Taken { stamp: applied.stamp, view, left_out })
     }
 
+    /// Whether it was put after all that this replica holds: its join with whatever the key has is the record itself, so
+    /// that nothing needs to be read, as with a client's put.
+    fn is_newest(&self, record: &Record) -> bool {
+        record.base().stamp.time > self.clock.stored()
+    }
+
     fn peer(
         &mut self,
         peer: PeerBatch,
@@ -572,8 +579,17 @@ impl Writer {
         let holds = |(_, record): &(Bytes, Record)| topology.holds(replica, record.partition_hash());
         let mut records = peer.records.into_iter().filter(holds).peekable();
         let mut at_once = 1;
-        while records.peek().is_some() {
-            let some: Vec<_> = records.by_ref().take(at_once).collect();
+        while let Some((key, record)) = records.next() {
+            if self.is_newest(&record) {
+                self.put(key, record, peer.from, batch, overlay);
+                continue;
+            }
+            let mut some = vec![(key, record)];
+            while some.len() < at_once
+                && let Some(next) = records.next_if(|(_, record)| !self.is_newest(record))
+            {
+                some.push(next);
+            }
             let (known, bytes) = self.known(&some, overlay)?;
             at_once = rows_at_once(at_once, bytes);
             for ((key, record), known) in some.into_iter().zip(known) {
