@@ -25,6 +25,22 @@ use crate::metrics::Counts;
 use crate::replica::{Context, Replica, Settings, SourceProgress};
 use crate::{clean, follow, quarantine, repair, snapshot};
 
+/// How often a replica syncs its log, unless each write is synced by itself...
+const SYNC_EACH: Duration = Duration::from_secs(1);
+/// ... and where others wait for what is confirmed as synced.
+const SYNC_SOON: Duration = Duration::from_millis(50);
+
+/// Whether a log is to be synced so long after the last time. In a change others wait for that; while copies are made, only
+/// if there is a source of which nothing is confirmed yet: copies may take long, and whoever writes waits for each sync.
+fn is_sync_due(phase: Option<Phase>, unconfirmed: bool, since: Duration) -> bool {
+    let awaited = match phase {
+        Some(Phase::Stable) => false,
+        Some(Phase::Prepare) => unconfirmed,
+        _ => true,
+    };
+    awaited || since >= SYNC_EACH
+}
+
 /// Why a keyspace's folder can't be used.
 #[derive(Debug, thiserror::Error)]
 #[error("{path}: {why}")]
@@ -593,10 +609,20 @@ impl Keyspace {
         let keyspace = self.clone();
         member.spawn(async move {
             let mut collector = Collector::default();
+            let (mut last, mut told) = (Instant::now(), BTreeMap::new());
             loop {
-                let changing = keyspace.with_topology(|t| t.phase() != Phase::Stable).unwrap_or(true);
-                // In a change, others wait for what is confirmed as synced.
-                tokio::time::sleep(Duration::from_millis(if changing { 50 } else { 1_000 })).await;
+                let phase = keyspace.with_topology(Topology::phase);
+                tokio::time::sleep(if phase == Some(Phase::Stable) { SYNC_EACH } else { SYNC_SOON }).await;
+                if !is_sync_due(phase, replica.progress.is_unconfirmed(), last.elapsed()) {
+                    // How far it has come is waited for all the same.
+                    let positions = replica.progress.positions();
+                    if positions != told {
+                        told = positions;
+                        replica.progress.tell();
+                    }
+                    continue;
+                }
+                last = Instant::now();
                 let synced = replica.clone();
                 let _ = keyspace.env().blocking(move || synced.sync()).await;
                 collector.step(&keyspace, &replica).await;
@@ -890,6 +916,18 @@ fn duration_ms(text: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn logs_are_synced_at_once_only_where_somebody_waits_for_it() {
+        let due = |phase, unconfirmed| is_sync_due(phase, unconfirmed, SYNC_SOON);
+        assert!(!due(Some(Phase::Stable), true));
+        assert!(!due(Some(Phase::Prepare), false), "copies may take long");
+        assert!(due(Some(Phase::Prepare), true), "a candidate is not ready before its first confirmation");
+        assert!([Phase::Switch, Phase::Fence, Phase::Drain, Phase::Cleanup].into_iter().all(|p| due(Some(p), false)));
+        assert!(
+            is_sync_due(Some(Phase::Prepare), false, SYNC_EACH) && is_sync_due(Some(Phase::Stable), false, SYNC_EACH)
+        );
+    }
 
     #[test]
     fn durations_read_as_the_spec_writes_them() {

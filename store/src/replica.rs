@@ -355,6 +355,15 @@ impl Progress {
             }
         }
     }
+    /// Whether there is a source of which nothing is synced yet.
+    pub fn is_unconfirmed(&self) -> bool {
+        let state = self.state();
+        state.applied.iter().any(|(source, at)| state.synced.get(source).is_none_or(|synced| synced.epoch != at.epoch))
+    }
+    /// Has what is there reported soon.
+    pub fn tell(&self) {
+        self.changed.notify_one();
+    }
     /// Changes what is reported of a source.
     pub fn update_source(&self, source: u64, change: impl FnOnce(&mut SourceProgress)) {
         change(self.state().sources.entry(source).or_default());
