@@ -27,7 +27,10 @@ const FILL_AT_ONCE: usize = 8;
 /// How long a backlog of the open loop is worked off after the end.
 const BACKLOG: Duration = Duration::from_secs(10);
 
-/// What a load that runs until it is told to end says when it begins.
+/// An open loop's first calls are not counted: they meet a client that has just begun.
+const WARM_UP: Duration = Duration::from_secs(1);
+
+/// What a load that runs until it is told to end says when it counts.
 pub const RUNNING: &str = "the load runs";
 
 /// What callers do.
@@ -140,17 +143,14 @@ async fn load(args: &Load) -> anyhow::Result<Sample> {
     for answer in one.into_iter().chain(other) {
         answer.context("the first gets")?;
     }
-    let before = own_cpu();
-    let mut sample = match args.work {
-        Work::Fill => fill(&keyspace, &data).await?,
-        _ => measure(args, &keyspace, &data).await?,
-    };
-    sample.client_cpu = Some((own_cpu() - before).as_secs_f64());
-    Ok(sample)
+    match args.work {
+        Work::Fill => fill(&keyspace, &data).await,
+        _ => measure(args, &keyspace, &data).await,
+    }
 }
 
 async fn fill(keyspace: &Keyspace, data: &Data) -> anyhow::Result<Sample> {
-    let start = Instant::now();
+    let (start, cpu) = (Instant::now(), own_cpu());
     let mut random = SmallRng::seed_from_u64(0);
     let batches = (0..data.keys().div_ceil(FILL_BATCH)).map(|batch| {
         let numbers = batch * FILL_BATCH..((batch + 1) * FILL_BATCH).min(data.keys());
@@ -164,21 +164,21 @@ async fn fill(keyspace: &Keyspace, data: &Data) -> anyhow::Result<Sample> {
             answer.context("filling in keys")?;
         }
     }
-    Ok(Sample { operations: data.keys() as f64, seconds: start.elapsed().as_secs_f64(), ..Sample::default() })
+    let client_cpu = Some((own_cpu() - cpu).as_secs_f64());
+    Ok(Sample {
+        operations: data.keys() as f64,
+        seconds: start.elapsed().as_secs_f64(),
+        client_cpu,
+        ..Sample::default()
+    })
 }
 
 async fn measure(args: &Load, keyspace: &Keyspace, data: &Arc<Data>) -> anyhow::Result<Sample> {
     let stop = Arc::new(AtomicBool::new(false));
-    if args.until_input_ends {
-        eprintln!("{RUNNING}");
-        let stop = stop.clone();
-        tokio::spawn(async move {
-            let _ = tokio::io::stdin().read_to_end(&mut Vec::new()).await;
-            stop.store(true, Ordering::Relaxed);
-        });
-    }
     let start = Instant::now();
-    let end = start + Duration::from_secs_f64(args.seconds);
+    let warm_up = if args.rate.is_some() { WARM_UP } else { Duration::ZERO };
+    let counted = start + warm_up;
+    let end = counted + Duration::from_secs_f64(args.seconds);
     let schedule = args.rate.map(|rate| Arc::new(Schedule { start, rate, next: AtomicU64::new(0) }));
     let chooser = args.work.workload().map(|workload| Arc::new(Chooser::new(workload, args.keys)));
     let mut callers = JoinSet::new();
@@ -191,13 +191,25 @@ async fn measure(args: &Load, keyspace: &Keyspace, data: &Arc<Data>) -> anyhow::
             chooser: chooser.clone(),
             random: SmallRng::seed_from_u64(u64::from(number) ^ rand::random::<u64>()),
         };
-        callers.spawn(caller.run(end, schedule.clone(), stop.clone()));
+        callers.spawn(caller.run(counted, end, schedule.clone(), stop.clone()));
+    }
+    if !warm_up.is_zero() {
+        tokio::time::sleep_until(counted.into()).await;
+    }
+    let cpu = own_cpu();
+    if args.until_input_ends {
+        eprintln!("{RUNNING}");
+        tokio::spawn(async move {
+            let _ = tokio::io::stdin().read_to_end(&mut Vec::new()).await;
+            stop.store(true, Ordering::Relaxed);
+        });
     }
     let mut all = histogram()?;
     while let Some(done) = callers.join_next().await {
         all.add(done.context("a caller panicked")??)?;
     }
-    Ok(Sample::new(&all, args.batch, start.elapsed()))
+    let client_cpu = Some((own_cpu() - cpu).as_secs_f64());
+    Ok(Sample { client_cpu, ..Sample::new(&all, args.batch, counted.elapsed()) })
 }
 
 /// When calls are due in the open loop.
@@ -226,6 +238,7 @@ struct Caller {
 impl Caller {
     async fn run(
         mut self,
+        counted: Instant,
         end: Instant,
         schedule: Option<Arc<Schedule>>,
         stop: Arc<AtomicBool>,
@@ -252,7 +265,9 @@ impl Caller {
                 break;
             }
             self.call().await?;
-            record(&mut latencies, from.elapsed());
+            if from >= counted {
+                record(&mut latencies, from.elapsed());
+            }
         }
         Ok(latencies)
     }
