@@ -82,6 +82,15 @@ async fn the_operator_killed_in_any_phase_is_not_noticed() {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_operators_lost_files_come_back_from_the_stores_in_any_phase() {
     in_every_phase("Periodic", true, async |cluster, _| {
+        // What no store has heard of is lost with the files, and may be.
+        let version =
+            |at: &serde_json::Value| at.get("topologyVersion").and_then(serde_json::Value::as_u64).unwrap_or(0);
+        let now = cluster.describe("faults").await.map_or(0, |resource| version(&resource["status"]));
+        let is_heard_of = |resource: &serde_json::Value| {
+            let stores = resource.pointer("/status/stores").and_then(serde_json::Value::as_array);
+            now > 0 && stores.into_iter().flatten().any(|store| version(store) >= now)
+        };
+        cluster.wait_for("faults", "a store that has heard of the change", 10, is_heard_of).await;
         cluster.kill_operator();
         std::fs::remove_dir_all(cluster.path().join("operator")).unwrap();
         // Nor is there the file any more: all that was asked for is with the stores.
