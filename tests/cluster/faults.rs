@@ -83,12 +83,10 @@ async fn the_operator_killed_in_any_phase_is_not_noticed() {
 async fn the_operators_lost_files_come_back_from_the_stores_in_any_phase() {
     in_every_phase("Periodic", true, async |cluster, _| {
         // What no store has heard of is lost with the files, and may be.
-        let version =
-            |at: &serde_json::Value| at.get("topologyVersion").and_then(serde_json::Value::as_u64).unwrap_or(0);
-        let now = cluster.describe("faults").await.map_or(0, |resource| version(&resource["status"]));
+        let now = topology(&cluster.describe("faults").await.unwrap()).version;
         let is_heard_of = |resource: &serde_json::Value| {
-            let stores = resource.pointer("/status/stores").and_then(serde_json::Value::as_array);
-            now > 0 && stores.into_iter().flatten().any(|store| version(store) >= now)
+            let stores = resource["status"]["stores"].as_array();
+            stores.into_iter().flatten().any(|store| store["topologyVersion"].as_u64() >= Some(now))
         };
         cluster.wait_for("faults", "a store that has heard of the change", 10, is_heard_of).await;
         cluster.kill_operator();
