@@ -9,6 +9,7 @@ mod streams;
 mod tests;
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::ops::Bound::{Excluded, Unbounded};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -36,7 +37,8 @@ const MAX_WATCHERS: usize = 50_000;
 const MAX_STORES: usize = 8_192;
 /// Of one watcher.
 const MAX_NAMES: usize = 1_024;
-/// How much later receipts are due for each watcher that there is: in about twice this time one can be told.
+/// How much later receipts are due for each watcher that there is. The first come after half of it: two cores have told
+/// most by then.
 const RECEIPT_EACH: Duration = Duration::from_micros(30);
 /// A SWITCH waits for receipts only so long.
 const MAX_RECEIPT: Duration = Duration::from_secs(1);
@@ -103,12 +105,66 @@ fn serving<'a>(stores: &'a BTreeMap<StoreKey, Store>, uid: &'a str) -> impl Iter
 /// A keyspace's name, as watchers see it.
 struct Name {
     claimed: bool,
-    shown: watch::Sender<Shown>,
+    shown: Shown,
+    /// By the watcher's id, and how it asked for the name.
+    watching: BTreeMap<(u64, Arc<str>), Arc<Inbox>>,
 }
 
 impl Name {
     fn needed(&self) -> bool {
-        self.claimed || self.shown.receiver_count() > 0
+        self.claimed || !self.watching.is_empty()
+    }
+
+    fn show(&mut self, shown: Shown) {
+        self.watching.iter().for_each(|((_, asked), inbox)| inbox.put(asked.clone(), shown.clone()));
+        self.shown = shown;
+    }
+}
+
+/// What a watcher is still to be told: of each name the latest, so that nothing queues up behind a slow one.
+#[derive(Default)]
+struct Inbox {
+    news: Mutex<News>,
+    come: Notify,
+}
+
+#[derive(Default)]
+struct News {
+    /// By name, as the watcher asked for it.
+    latest: BTreeMap<Arc<str>, Shown>,
+    last: Option<Arc<str>>,
+}
+
+impl News {
+    /// Names take turns: one that changes all the time keeps no other from being told.
+    fn take(&mut self) -> Option<(Arc<str>, Shown)> {
+        let later = |last: &Arc<str>| self.latest.range::<str, _>((Excluded(&**last), Unbounded)).next();
+        let (name, _) = self.last.as_ref().and_then(later).or_else(|| self.latest.first_key_value())?;
+        let (name, shown) = self.latest.remove_entry(&name.clone())?;
+        self.last = Some(name.clone());
+        Some((name, shown))
+    }
+}
+
+impl Inbox {
+    fn news(&self) -> MutexGuard<'_, News> {
+        self.news.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn put(&self, name: Arc<str>, shown: Shown) {
+        self.news().latest.insert(name, shown);
+        self.come.notify_one();
+    }
+
+    /// The next of what has come; nothing is lost if this is dropped while it waits.
+    async fn next(&self) -> (Arc<str>, Shown) {
+        loop {
+            let next = self.news().take();
+            if let Some(next) = next {
+                return next;
+            }
+            self.come.notified().await;
+        }
     }
 }
 
@@ -156,7 +212,9 @@ struct Store {
 
 #[derive(Default)]
 struct Watcher {
-    names: BTreeSet<String>,
+    inbox: Arc<Inbox>,
+    /// As it asked for them.
+    names: BTreeSet<Arc<str>>,
     /// Uid -> version.
     known: BTreeMap<String, u64>,
 }
@@ -287,12 +345,9 @@ impl Hub {
         let mut index = self.index();
         let entry = index.name(name);
         entry.claimed = true;
-        entry.shown.send_if_modified(|s| {
-            matches!(s, Shown::Missing) && {
-                *s = Shown::Pending;
-                true
-            }
-        });
+        if matches!(entry.shown, Shown::Missing) {
+            entry.show(Shown::Pending);
+        }
     }
 
     /// This name belongs to no keyspace any longer.
@@ -309,8 +364,8 @@ impl Hub {
     pub fn settle(&self) {
         let mut index = self.index();
         index.settled = true;
-        for name in index.names.values().filter(|n| !n.claimed) {
-            name.shown.send_replace(Shown::Missing);
+        for name in index.names.values_mut().filter(|n| !n.claimed) {
+            name.show(Shown::Missing);
         }
         index.names.retain(|_, name| name.needed());
     }
@@ -394,12 +449,13 @@ impl Hub {
     /// Whether someone who watches this keyspace has not said yet that it knows this version. If so, the driver is
     /// woken once nobody is behind any more.
     pub fn watchers_behind(&self, name: &str, uid: &str, version: u64) -> bool {
-        let Index { watchers, waits, .. } = &mut *self.index();
+        let Index { names, watchers, waits, .. } = &mut *self.index();
         if let Some(wait) = waits.get(uid).filter(|w| w.version == version && w.name == name) {
             return !wait.behind.is_empty();
         }
-        let behind = watchers.iter().filter(|(_, w)| w.names.contains(name) && !w.knows(uid, version));
-        let wait = Wait { name: name.to_owned(), version, behind: behind.map(|(id, _)| *id).collect() };
+        let watching = names.get(name).into_iter().flat_map(|name| name.watching.keys().map(|(id, _)| *id));
+        let knows = |id: &u64| watchers.get(id).is_some_and(|watcher| watcher.knows(uid, version));
+        let wait = Wait { name: name.to_owned(), version, behind: watching.filter(|id| !knows(id)).collect() };
         let any = !wait.behind.is_empty();
         waits.insert(uid.to_owned(), wait);
         any
@@ -489,27 +545,25 @@ impl Hub {
         self.index().next_id()
     }
 
-    fn enter(&self) -> Result<u64, Status> {
+    /// A new watcher's id, and where it finds what it is to be told.
+    fn enter(&self) -> Result<(u64, Arc<Inbox>), Status> {
         let mut index = self.index();
         if index.watchers.len() >= MAX_WATCHERS {
             return Err(Status::resource_exhausted(format!(
                 "{MAX_WATCHERS} clients are watching, which is the most that one operator serves; try again later"
             )));
         }
-        let id = index.next_id();
-        index.watchers.insert(id, Watcher::default());
-        Ok(id)
+        let (id, watcher) = (index.next_id(), Watcher::default());
+        let inbox = watcher.inbox.clone();
+        index.watchers.insert(id, watcher);
+        Ok((id, inbox))
     }
 
-    /// Takes in what a watcher asks for and knows; gives what it has to be shown.
-    fn heard_from_watcher(
-        &self,
-        id: u64,
-        request: WatchRequest,
-    ) -> Result<Vec<(String, watch::Receiver<Shown>)>, Status> {
+    /// Takes in what a watcher asks for and knows. A name that is asked for again is answered again.
+    fn heard_from_watcher(&self, id: u64, request: WatchRequest) -> Result<(), Status> {
         let mut index = self.index();
         let index = &mut *index;
-        let Some(watcher) = index.watchers.get_mut(&id) else { return Ok(Vec::new()) };
+        let Some(watcher) = index.watchers.get_mut(&id) else { return Ok(()) };
         let mut wake = false;
         for known in request.known {
             let wait = index.waits.get_mut(&known.uid).filter(|wait| wait.version <= known.version);
@@ -520,9 +574,10 @@ impl Hub {
             let version = watcher.known.entry(known.uid).or_default();
             *version = known.version.max(*version);
         }
-        for name in &request.keyspaces {
-            let name = short(name);
-            watcher.names.insert(name.to_owned());
+        let asked: Vec<Arc<str>> = request.keyspaces.into_iter().map(Arc::from).collect();
+        for asked in &asked {
+            watcher.names.insert(asked.clone());
+            let name = short(asked);
             for (uid, wait) in index.waits.iter_mut().filter(|(_, wait)| wait.name == name) {
                 if !watcher.knows(uid, wait.version) {
                     wait.behind.insert(id);
@@ -537,11 +592,13 @@ impl Hub {
                 "one stream watches at most {MAX_NAMES} keyspaces; open another for the rest"
             )));
         }
-        let subscribe = |name: String| {
-            let receiver = index.name(short(&name)).shown.subscribe();
-            (name, receiver)
-        };
-        Ok(request.keyspaces.into_iter().map(subscribe).collect())
+        let inbox = watcher.inbox.clone();
+        for asked in asked {
+            let name = index.name(short(&asked));
+            inbox.put(asked.clone(), name.shown.clone());
+            name.watching.insert((id, asked), inbox.clone());
+        }
+        Ok(())
     }
 
     fn leave(&self, id: u64) {
@@ -555,7 +612,12 @@ impl Hub {
                 wake = true;
             }
         }
-        watcher.names.iter().for_each(|name| index.sweep(name));
+        for asked in watcher.names {
+            if let Some(name) = index.names.get_mut(short(&asked)) {
+                name.watching.remove(&(id, asked.clone()));
+            }
+            index.sweep(short(&asked));
+        }
         if wake {
             self.0.wake.notify_one();
         }
@@ -726,7 +788,7 @@ impl Hub {
         let published = Published { uid: topology.uid.clone(), version: topology.version, bytes };
         let name = index.name(&topology.name);
         name.claimed = true;
-        name.shown.send_replace(Shown::Update(Arc::new(published)));
+        name.show(Shown::Update(Arc::new(published)));
     }
 
     /// The address of a store has changed: everyone who was told of it is told again.
@@ -761,7 +823,7 @@ impl Index {
         let settled = self.settled;
         self.names.entry(name.to_owned()).or_insert_with(|| {
             let shown = if settled { Shown::Missing } else { Shown::Pending };
-            Name { claimed: false, shown: watch::Sender::new(shown) }
+            Name { claimed: false, shown, watching: BTreeMap::new() }
         })
     }
 
@@ -771,7 +833,7 @@ impl Index {
             && entry.claimed
         {
             entry.claimed = false;
-            entry.shown.send_replace(shown);
+            entry.show(shown);
         }
         self.sweep(name);
     }

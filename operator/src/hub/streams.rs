@@ -3,18 +3,18 @@
 //! a slow one, and when it is dropped everything of it goes.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use prost::Message;
 use prost::bytes::Bytes;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until};
-use tokio_stream::wrappers::WatchStream;
-use tokio_stream::{StreamExt, StreamMap};
+use tokio_util::sync::CancellationToken;
 use tonic::{Status, Streaming};
 use vasto_client::v1::watch_response::Event;
 use vasto_client::v1::{StoreReport, WatchRequest, WatchResponse};
 
-use super::{Hub, Leader, SILENCE, Shown, StoreKey};
+use super::{Hub, Inbox, Leader, SILENCE, Shown, StoreKey};
 
 /// The next message, or for ever nothing once the other side has closed its half.
 async fn heard<T>(inbound: &mut Option<Streaming<T>>) -> Result<Option<T>, Status> {
@@ -49,9 +49,10 @@ fn elsewhere(leader: &Leader) -> Option<Status> {
 /// A client's stream.
 pub(super) struct Watching {
     hub: Hub,
+    stop: CancellationToken,
     id: u64,
     inbound: Option<Streaming<WatchRequest>>,
-    shown: StreamMap<String, WatchStream<Shown>>,
+    inbox: Arc<Inbox>,
     /// Uid -> the greatest version that the watcher said it knows.
     known: BTreeMap<String, u64>,
     ended: bool,
@@ -59,9 +60,9 @@ pub(super) struct Watching {
 
 impl Watching {
     pub(super) fn begin(hub: Hub, inbound: Streaming<WatchRequest>) -> Result<Self, Status> {
-        let id = hub.enter()?;
-        let (shown, known) = (StreamMap::new(), BTreeMap::new());
-        Ok(Self { hub, id, inbound: Some(inbound), shown, known, ended: false })
+        let (id, inbox) = hub.enter()?;
+        let (stop, inbound, known) = (hub.stop(), Some(inbound), BTreeMap::new());
+        Ok(Self { hub, stop, id, inbound, inbox, known, ended: false })
     }
 
     /// For `stream::unfold`: the next answer.
@@ -75,11 +76,10 @@ impl Watching {
     }
 
     async fn answer(&mut self) -> Option<Result<Bytes, Status>> {
-        let stop = self.hub.stop();
         loop {
             tokio::select! {
                 biased;
-                () = stop.cancelled() => return Some(Err(stopping())),
+                () = self.stop.cancelled() => return Some(Err(stopping())),
                 request = heard(&mut self.inbound) => match request {
                     Ok(Some(request)) => {
                         if let Err(status) = self.take(request) {
@@ -90,8 +90,8 @@ impl Watching {
                     // The watcher has gone.
                     Err(_) => return None,
                 },
-                Some((name, shown)) = self.shown.next(), if !self.shown.is_empty() => {
-                    if let Some(bytes) = self.encoded(name, shown) {
+                (name, shown) = self.inbox.next() => {
+                    if let Some(bytes) = self.encoded(&name, shown) {
                         return Some(Ok(bytes));
                     }
                 }
@@ -101,21 +101,20 @@ impl Watching {
 
     fn take(&mut self, request: WatchRequest) -> Result<(), Status> {
         for known in &request.known {
-            let version = self.known.entry(known.uid.clone()).or_default();
-            *version = known.version.max(*version);
+            match self.known.get_mut(&known.uid) {
+                Some(version) => *version = known.version.max(*version),
+                None => _ = self.known.insert(known.uid.clone(), known.version),
+            }
         }
-        for (name, receiver) in self.hub.heard_from_watcher(self.id, request)? {
-            // A name that is asked for again is answered again.
-            self.shown.insert(name, WatchStream::new(receiver));
-        }
-        Ok(())
+        self.hub.heard_from_watcher(self.id, request)
     }
 
-    fn encoded(&self, name: String, shown: Shown) -> Option<Bytes> {
+    fn encoded(&self, name: &str, shown: Shown) -> Option<Bytes> {
         match shown {
             Shown::Pending => None,
             Shown::Missing => {
-                Some(WatchResponse { event: Some(Event::Missing(name)), receipt_ms: 0 }.encode_to_vec().into())
+                let event = Some(Event::Missing(name.to_owned()));
+                Some(WatchResponse { event, receipt_ms: 0 }.encode_to_vec().into())
             }
             // Older than what the watcher has from elsewhere: of no use to it. The
             // same version is sent, since addresses may be news.
@@ -127,8 +126,6 @@ impl Watching {
 
 impl Drop for Watching {
     fn drop(&mut self) {
-        // Receivers first: a name that nobody watches can then be forgotten.
-        self.shown.clear();
         self.hub.leave(self.id);
     }
 }

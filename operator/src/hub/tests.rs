@@ -279,6 +279,62 @@ async fn a_slow_watcher_skips_versions() {
 }
 
 #[tokio::test]
+async fn names_take_turns_and_only_the_latest_of_each_is_told() {
+    let (inbox, a, b) = (Inbox::default(), Arc::<str>::from("a"), Arc::<str>::from("b"));
+    inbox.put(b.clone(), Shown::Missing);
+    let mut told = Vec::new();
+    for _ in 0..3 {
+        inbox.put(a.clone(), Shown::Missing);
+        inbox.put(a.clone(), Shown::Pending);
+        let (name, shown) = within(inbox.next()).await;
+        told.push((name, matches!(shown, Shown::Pending)));
+    }
+    assert_eq!(told, [(a.clone(), true), (b.clone(), false), (a.clone(), true)]);
+    {
+        let mut waiting = std::pin::pin!(inbox.next());
+        assert!(futures::poll!(&mut waiting).is_pending(), "nothing is told twice");
+        inbox.put(a.clone(), Shown::Missing);
+        inbox.put(b.clone(), Shown::Missing);
+        assert_eq!(within(waiting).await.0, b, "it was a's turn last");
+    }
+    assert_eq!(within(inbox.next()).await.0, a);
+}
+
+#[tokio::test]
+async fn who_watches_too_much_is_refused_and_forgotten() {
+    let bench = Bench::new().await;
+    let names: Vec<String> = (0..MAX_NAMES).map(|number| format!("k{number:04}")).collect();
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    let mut watcher = bench.watch(&names, &[]).await;
+    bench.publish(topology("k1023", 1, &["s"]));
+    assert_eq!(watcher.version().await, 1, "so many are watched");
+    assert!(bench.hub.watchers_behind("k1023", "k1023-uid", 1));
+    watcher.say(request(&["one-more"], &[])).await;
+    assert_eq!(watcher.refused().await.code(), Code::ResourceExhausted);
+    bench.until(|hub| !hub.watchers_behind("k1023", "k1023-uid", 1)).await;
+    let left: Vec<String> = bench.hub.index().names.keys().cloned().collect();
+    assert_eq!(left, ["k1023"], "a keyspace's");
+}
+
+#[tokio::test]
+async fn a_name_may_be_asked_for_with_its_namespace() {
+    let bench = Bench::new().await;
+    bench.hub.settle();
+    let mut watcher = bench.watch(&["default/a"], &[]).await;
+    assert_eq!(watcher.hear().await.event, Some(Event::Missing("default/a".to_owned())), "as it asked");
+    bench.publish(topology("a", 1, &["s"]));
+    assert_eq!(watcher.version().await, 1);
+    assert!(bench.hub.watchers_behind("a", "a-uid", 1), "it has not said that it knows");
+    watcher.say(request(&[], &[("a-uid", 1)])).await;
+    bench.until(|hub| !hub.watchers_behind("a", "a-uid", 1)).await;
+    bench.hub.release("a");
+    assert_eq!(watcher.hear().await.event, Some(Event::Missing("default/a".to_owned())));
+    drop(watcher);
+    // It is waited for until it has gone.
+    bench.until(|hub| !hub.watchers_behind("a", "a-uid", 2) && hub.index().names.is_empty()).await;
+}
+
+#[tokio::test]
 async fn missing_names_are_told_of_when_they_appear_and_go() {
     let bench = Bench::new().await;
     let mut watcher = bench.watch(&["a", "b"], &[]).await;
