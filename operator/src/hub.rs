@@ -529,8 +529,8 @@ impl Hub {
 
     // What streams do.
 
-    fn stop(&self) -> CancellationToken {
-        self.0.stop.clone()
+    fn stop(&self) -> &CancellationToken {
+        &self.0.stop
     }
 
     fn changes(&self) -> watch::Receiver<u64> {

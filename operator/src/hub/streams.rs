@@ -9,7 +9,6 @@ use prost::Message;
 use prost::bytes::Bytes;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until};
-use tokio_util::sync::CancellationToken;
 use tonic::{Status, Streaming};
 use vasto_client::v1::watch_response::Event;
 use vasto_client::v1::{StoreReport, WatchRequest, WatchResponse};
@@ -49,7 +48,6 @@ fn elsewhere(leader: &Leader) -> Option<Status> {
 /// A client's stream.
 pub(super) struct Watching {
     hub: Hub,
-    stop: CancellationToken,
     id: u64,
     inbound: Option<Streaming<WatchRequest>>,
     inbox: Arc<Inbox>,
@@ -61,8 +59,7 @@ pub(super) struct Watching {
 impl Watching {
     pub(super) fn begin(hub: Hub, inbound: Streaming<WatchRequest>) -> Result<Self, Status> {
         let (id, inbox) = hub.enter()?;
-        let (stop, inbound, known) = (hub.stop(), Some(inbound), BTreeMap::new());
-        Ok(Self { hub, stop, id, inbound, inbox, known, ended: false })
+        Ok(Self { hub, id, inbound: Some(inbound), inbox, known: BTreeMap::new(), ended: false })
     }
 
     /// For `stream::unfold`: the next answer.
@@ -79,7 +76,7 @@ impl Watching {
         loop {
             tokio::select! {
                 biased;
-                () = self.stop.cancelled() => return Some(Err(stopping())),
+                () = self.hub.stop().cancelled() => return Some(Err(stopping())),
                 request = heard(&mut self.inbound) => match request {
                     Ok(Some(request)) => {
                         if let Err(status) = self.take(request) {
@@ -167,7 +164,6 @@ impl Reporting {
     }
 
     async fn answer(&mut self) -> Option<Result<Bytes, Status>> {
-        let stop = self.hub.stop();
         loop {
             if let Some(store) = &self.store {
                 self.changed.borrow_and_update();
@@ -179,7 +175,7 @@ impl Reporting {
             }
             tokio::select! {
                 biased;
-                () = stop.cancelled() => return Some(Err(stopping())),
+                () = self.hub.stop().cancelled() => return Some(Err(stopping())),
                 report = heard(&mut self.inbound) => match report {
                     Ok(Some(report)) => {
                         if let Err(status) = self.take(report) {

@@ -320,6 +320,10 @@ async fn who_watches_too_much_is_refused_and_forgotten() {
 async fn a_name_may_be_asked_for_with_its_namespace() {
     let bench = Bench::new().await;
     bench.hub.settle();
+    let mut both = bench.watch(&["a", "default/a"], &[]).await;
+    let told = [both.hear().await.event, both.hear().await.event];
+    assert_eq!(told, ["a", "default/a"].map(|name| Some(Event::Missing(name.to_owned()))));
+    drop(both);
     let mut watcher = bench.watch(&["default/a"], &[]).await;
     assert_eq!(watcher.hear().await.event, Some(Event::Missing("default/a".to_owned())), "as it asked");
     bench.publish(topology("a", 1, &["s"]));
@@ -361,10 +365,13 @@ async fn missing_names_are_told_of_when_they_appear_and_go() {
 #[tokio::test]
 async fn a_watcher_that_knows_more_is_not_set_back() {
     let bench = Bench::new().await;
+    bench.hub.settle();
     bench.publish(topology("a", 5, &["s"]));
     let mut watcher = bench.watch(&["a"], &[("a-uid", 7)]).await;
     bench.until(|hub| !hub.watchers_behind("a", "a-uid", 7)).await;
+    watcher.acknowledge("a-uid", 7).await;
     bench.publish(topology("a", 6, &["s"]));
+    watcher.acknowledge("a-uid", 7).await;
     bench.publish(topology("a", 8, &["s"]));
     assert_eq!(watcher.version().await, 8);
 }
